@@ -77,10 +77,10 @@ test-browser: install-dev
 # Debian's prometheus). The tests check Kubernetes' own kinds; this checks the other kinds as well,
 # against the schemas of these releases.
 GITHUB := https://raw.githubusercontent.com
-CRDS := kubernetes-sigs/gateway-api/v1.3.0/config/crd/standard/gateway.networking.k8s.io_gateways \
-	kubernetes-sigs/gateway-api/v1.3.0/config/crd/standard/gateway.networking.k8s.io_httproutes \
-	kubernetes-sigs/gateway-api-inference-extension/v1.0.0/config/crd/bases/inference.networking.k8s.io_inferencepools \
-	kedacore/keda/v2.18.0/config/crd/bases/keda.sh_scaledobjects \
+CRDS := kubernetes-sigs/gateway-api/v1.6.1/config/crd/standard/gateway.networking.k8s.io_gateways \
+	kubernetes-sigs/gateway-api/v1.6.1/config/crd/standard/gateway.networking.k8s.io_httproutes \
+	kubernetes-sigs/gateway-api-inference-extension/v1.6.0/config/crd/bases/inference.networking.k8s.io_inferencepools \
+	kedacore/keda/v2.20.2/config/crd/bases/keda.sh_scaledobjects \
 	ray-project/kuberay/v1.7.0/ray-operator/config/crd/bases/ray.io_rayservices
 build/crds: Makefile
 	rm -rf build/crds build/crds.partial

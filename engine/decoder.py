@@ -143,7 +143,8 @@ class Decoder:
             raise ValueError(
                 f"the checkpoint has no {architecture.head} and its embeddings are not tied"
             )
-        self._head_weight = head or DenseWeight(self.embedding[first:last])
+        part_of = 0 if group.size == 1 else architecture.vocab
+        self._head_weight = head or DenseWeight(self.embedding[first:last], part_of=part_of)
         own_head = self.backend.linear(self._head_weight, dtype)
         self._head = group.gathered_head(own_head, architecture.vocab)
         # Of a model that classifies sequences: (labels, hidden).

@@ -208,7 +208,7 @@ class TensorParallel:
             return
         outputs = self.outputs(architecture)
         for name, weight in weights:
-            yield name, weight if name not in outputs else _cut(weight, outputs[name])
+            yield name, weight if name not in outputs else cut_outputs(weight, outputs[name])
 
     def gather(self, own: Tensor) -> Tensor:
         """Every rank's ``(…, outputs)`` side by side, in the order of the ranks."""
@@ -298,12 +298,13 @@ def joined(tensor: Tensor, ranges: Sequence[Range]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _cut(weight: AnyWeight, ranges: Sequence[Range]) -> AnyWeight:
+def cut_outputs(weight: AnyWeight, ranges: Sequence[Range]) -> AnyWeight:
+    """These outputs of a weight, which says of how many they are a part."""
     if isinstance(weight, PackedWeight):
-        return weight.outputs(ranges)
+        return replace(weight.outputs(ranges), part_of=weight.out_features)
     if isinstance(weight, DenseWeight):
         bias = None if weight.bias is None else joined(weight.bias, ranges)
-        return DenseWeight(joined(weight.weight, ranges), bias)
+        return DenseWeight(joined(weight.weight, ranges), bias, weight.out_features)
     return joined(weight, ranges)
 
 

@@ -47,7 +47,7 @@ class WeightStore:
                 placed: Weight = weight.to(device).to_layout(to)
             elif isinstance(weight, DenseWeight):
                 bias = None if weight.bias is None else weight.bias.to(device, dtype)
-                placed = DenseWeight(weight.weight.to(device, dtype), bias)
+                placed = replace(weight, weight=weight.weight.to(device, dtype), bias=bias)
             if not isinstance(weight, Tensor):
                 if name in places:
                     first, number, count = places[name]

@@ -45,10 +45,14 @@ _SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.uint8)
 
 @dataclass(frozen=True)
 class DenseWeight:
-    """A linear layer kept in 16 bits: ``weight (out_features, in_features)``, optional ``bias``."""
+    """A linear layer kept in 16 bits: ``weight (out_features, in_features)``, optional ``bias``.
+
+    part_of: see :class:`PackedWeight`.
+    """
 
     weight: Tensor
     bias: Tensor | None = None
+    part_of: int = 0
 
     @property
     def out_features(self) -> int:
@@ -76,6 +80,9 @@ class PackedWeight:
     perm: int32 ``(columns,)``, the input feature of each stored column, or None if column k is
         feature k. Each feature occurs at least once.
     bias: ``(out_features,)`` or None.
+    part_of: if above 0, this weight is some outputs of one that has so many. Kernels whose sums
+        have one order (:mod:`nybble.kernels.triton.fixed_order`) take that one's, so that a part's
+        outputs are those of the whole, bit for bit.
     """
 
     qweight: Tensor
@@ -88,6 +95,7 @@ class PackedWeight:
     perm: Tensor | None = None
     bias: Tensor | None = None
     layout: Layout = "rows"
+    part_of: int = 0
 
     def __post_init__(self) -> None:
         def check(name: str, found: object, expected: object) -> None:

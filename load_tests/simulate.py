@@ -2,13 +2,18 @@
 
     python load_tests/simulate.py capacity [--replicas 800 --rate 10000 --adapters 100000 --zipf 1]
     python load_tests/simulate.py capacity --haproxy --replicas 16 --rate 100 --adapters 2000
+    python load_tests/simulate.py capacity --calibration demo.json --replicas 16 --rate 40 --host 64
     python load_tests/simulate.py fairness
 
 capacity: requests with Zipf-distributed adapters reach replicas at random, to the less busy of two,
 or by a consistent hash with bounded loads, as HAProxy does with our configuration
 (`hash-type consistent`, `hash-balance-factor 125`: Mirrokni, Thorup, Zadimoghaddam 2018). A replica
-computes a request for a fixed time, has slots and host copies of adapters, each the least recently
-used out first; an adapter with running requests stays in its slot.
+has slots and host copies of adapters, each the least recently used out first; an adapter with
+running requests stays in its slot. It computes each request for a fixed time, --service, which is
+an assumption; or, with --calibration, as fast as a server that `calibrate.py` has measured: a step
+takes as long as one of that server with as many sequences, the prompts of the requests in flight
+are computed beside, and a request first waits for its adapter to be filled and read. All requests
+in flight are computed at once: a fleet that is too small shows as times that grow.
 
 With --haproxy, HAProxy itself is asked as well, with the configuration of `nybble replicas`: each
 request is sent to it, and stays open at the server it chose until its simulated end. That is right
@@ -17,8 +22,6 @@ gives the same numbers; the model then answers for whole fleets.
 
 fairness: three replicas with the server's own fair queue (`engine/fair_queue.py`) and two tenants,
 one of which floods. The quiet one's requests are spread over all replicas, or all go to one.
-
-A service time is not measured here: take it from `nybble bench` on the machine in question.
 """
 
 from __future__ import annotations
@@ -41,7 +44,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean, quantiles
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import numpy as np
 
@@ -211,12 +214,62 @@ class HAProxy:
         return answer
 
 
+@dataclass(frozen=True)
+class Calibration:
+    """What ``calibrate.py`` measured of one server.
+
+    step_seconds: of a decode step, by its sequences; in between and beyond by straight lines, with
+        fewer than were measured as with the fewest.
+    prefill_rate: tokens/s of prompts. fill_seconds: how much later a request begins whose adapter
+        has to be copied into a slot; read_seconds: and how much more if it is read first.
+    """
+
+    step_seconds: dict[int, float]
+    prefill_rate: float
+    fill_seconds: float
+    read_seconds: float
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """Raises OSError, and ValueError which says what is wrong with the file."""
+        text = path.read_text()
+        try:
+            found = json.loads(text)
+            steps = {int(count): float(took) for count, took in found["step_seconds"].items()}
+            others = {key: float(found[key]) for key in ("prefill_rate", *_DELAYS)}
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise ValueError(f"{path} is not what calibrate.py writes: {error!r}") from error
+        positive = (*steps, *steps.values(), others["prefill_rate"])
+        fine = len(steps) > 1 and all(0 < value < math.inf for value in positive)
+        if not fine or not all(0 <= others[key] < math.inf for key in _DELAYS):
+            raise ValueError(
+                f"{path}: expected step_seconds of two numbers of sequences or more and a "
+                f"prefill_rate, all above 0, and {' and '.join(_DELAYS)} from 0 on"
+            )
+        return cls(steps, **others)
+
+    def step(self, sequences: int) -> float:
+        """Seconds of a step."""
+        known = sorted(self.step_seconds)
+        sequences = max(sequences, known[0])
+        low, high = next(
+            (pair for pair in itertools.pairwise(known) if sequences <= pair[1]), known[-2:]
+        )
+        first, last = self.step_seconds[low], self.step_seconds[high]
+        if sequences > high:
+            last = max(first, last)  # no step is negative
+        return first + (last - first) * (sequences - low) / (high - low)
+
+
+_DELAYS = ("fill_seconds", "read_seconds")
+
+
 @dataclass
 class World:
     """What capacity simulates.
 
-    rate: requests/s. zipf: exponent. service: seconds of a request. seconds: counted, after as many
-    to warm up.
+    rate: requests/s. zipf: exponent. service: seconds of a request, if there is no calibration.
+    prompt, tokens: of a request, if there is one. seconds: counted, after as many to warm up.
     """
 
     replicas: int = 800
@@ -226,24 +279,109 @@ class World:
     slots: int = 64
     host: int = 128
     service: float = 6.5
+    prompt: int = 400
+    tokens: int = 64
     seconds: float = 30
+    calibration: Calibration | None = None
 
     @property
     def requests(self) -> int:
         return int(self.rate * self.seconds)
 
+    def request_seconds(self, load: int) -> float:
+        """How long a request takes at a replica that always has so many, with its adapter there.
+
+        While it has its tokens, each of the others has its prompt once too.
+        """
+        if self.calibration is None:
+            return self.service
+        prompts = load * self.prompt / self.calibration.prefill_rate
+        return prompts + self.tokens * self.calibration.step(load)
+
+
+class Fleet:
+    """The replicas at a moment, and when their requests end.
+
+    All requests at a replica come on alike, the faster the fewer they are. took: seconds of each
+    that has ended since it was cleared.
+    """
+
+    def __init__(self, world: World, ended: Callable[[int, int], None]) -> None:
+        """ended: is told the replica and the adapter of each request that ends."""
+        self._world = world
+        self._ended = ended
+        self._times: list[float] = []
+        self.replicas = [Replica(world.slots, world.host) for _ in range(world.replicas)]
+        self.total = 0
+        self.took: list[float] = []
+        # Of each replica: how many requests one that was always there would have had, and when that
+        # was; the place on this scale at which each ends, with its beginning and its adapter.
+        self._places = [(0.0, 0.0)] * world.replicas
+        self._ending: list[list[tuple[float, float, int]]] = [[] for _ in self.replicas]
+        # When the first of a replica ends; an entry counts if it is its replica's last.
+        self._next: list[tuple[float, int, int]] = []
+        self._entries = [0] * world.replicas
+
+    def begin(self, at: int, adapter: int, now: float) -> None:
+        replica, calibration = self.replicas[at], self._world.calibration
+        place, fills, reads = self._place(at, now), replica.fills, replica.reads
+        replica.begin(adapter)
+        self.total += 1
+        wait = 0.0
+        if calibration is not None:
+            wait = (replica.fills - fills) * calibration.fill_seconds
+            wait += (replica.reads - reads) * calibration.read_seconds
+        end = place + 1 + wait / self._seconds(replica.load)
+        heapq.heappush(self._ending[at], (end, now, adapter))
+        self._look(at, place, now)
+
+    def until(self, now: float) -> None:
+        """Have what ends until then end."""
+        while self._next and self._next[0][0] <= now:
+            moment, at, entry = heapq.heappop(self._next)
+            if entry != self._entries[at]:
+                continue
+            place, began, adapter = heapq.heappop(self._ending[at])
+            self.replicas[at].end(adapter)
+            self.total -= 1
+            self.took.append(moment - began)
+            self._ended(at, adapter)
+            self._look(at, place, moment)
+
+    def _place(self, at: int, now: float) -> float:
+        place, then = self._places[at]
+        return place + (now - then) / self._seconds(self.replicas[at].load)
+
+    def _look(self, at: int, place: float, now: float) -> None:
+        self._places[at] = place, now
+        self._entries[at] += 1
+        if self._ending[at]:
+            left = max(0.0, self._ending[at][0][0] - place)
+            moment = now + left * self._seconds(self.replicas[at].load)
+            heapq.heappush(self._next, (moment, at, self._entries[at]))
+
+    def _seconds(self, load: int) -> float:
+        while len(self._times) <= load:
+            self._times.append(self._world.request_seconds(max(1, len(self._times))))
+        return self._times[load]
+
 
 ROUTINGS = ("random", "two", "hash")
 
 
-def route(world: World, routing: str) -> tuple[list[Replica], list[set[int]]]:
+def route(world: World, routing: str) -> tuple[Fleet, list[set[int]]]:
     """The replicas at the end, and the adapters each had meanwhile. The same for the same world.
 
     routing: one of ROUTINGS, or ``haproxy``. Raises FileNotFoundError if that is not installed.
     """
     rng = random.Random(0)
-    replicas = [Replica(world.slots, world.host) for _ in range(world.replicas)]
-    ending: list[tuple[float, int, int]] = []
+    if routing == "haproxy":
+        fleet = Fleet(world, lambda at, adapter: haproxy.end(at, adapter))
+        haproxy = HAProxy(fleet.replicas)
+        with haproxy.running():
+            return fleet, _drive(world, fleet, haproxy)
+    fleet = Fleet(world, lambda at, adapter: None)
+    replicas = fleet.replicas
 
     def spread(adapter: int) -> Replica:
         return replicas[rng.randrange(len(replicas))]
@@ -252,73 +390,73 @@ def route(world: World, routing: str) -> tuple[list[Replica], list[set[int]]]:
         one, other = rng.choice(replicas), rng.choice(replicas)
         return one if one.load <= other.load else other
 
-    if routing == "haproxy":
-        haproxy = HAProxy(replicas)
-        with haproxy.running():
-            return replicas, _drive(world, replicas, ending, haproxy, haproxy.end)
-    hashed = BoundedHash(replicas, lambda: len(ending))
+    hashed = BoundedHash(replicas, lambda: fleet.total)
     policies: dict[str, Callable[[int], Replica]]
     policies = {"random": spread, "two": two, "hash": hashed}
-    return replicas, _drive(world, replicas, ending, policies[routing], lambda at, adapter: None)
+    return fleet, _drive(world, fleet, policies[routing])
 
 
-def _drive(
-    world: World,
-    replicas: list[Replica],
-    ending: list[tuple[float, int, int]],
-    choose: Callable[[int], Replica],
-    ended: Callable[[int, int], None],
-) -> list[set[int]]:
-    """The adapters each replica had after the time to warm up.
-
-    ending: when each request in flight ends, its replica and its adapter. ended: is told of each.
-    """
+def arrivals(world: World) -> Iterator[tuple[int, float]]:
+    """The adapter of each request, and the seconds since the one before it; the first half of them
+    warms up."""
     numbers = np.random.default_rng(0)
     weights = 1 / np.arange(1, world.adapters + 1) ** world.zipf
     shares = np.cumsum(weights / weights.sum())
     drawn = np.searchsorted(shares, numbers.random(2 * world.requests)).tolist()
     gaps = numbers.exponential(1 / world.rate, 2 * world.requests).tolist()
-    place = {id(replica): i for i, replica in enumerate(replicas)}
+    return zip(drawn, gaps, strict=True)
+
+
+def _drive(world: World, fleet: Fleet, choose: Callable[[int], Replica]) -> list[set[int]]:
+    """The adapters each replica had after the time to warm up."""
+    place = {id(replica): i for i, replica in enumerate(fleet.replicas)}
     now = 0.0
-    seen: list[set[int]] = [set() for _ in replicas]
-    for i, (adapter, gap) in enumerate(zip(drawn, gaps, strict=True)):
+    seen: list[set[int]] = [set() for _ in fleet.replicas]
+    for i, (adapter, gap) in enumerate(arrivals(world)):
         now += gap
-        while ending and ending[0][0] <= now:
-            _, at, over = heapq.heappop(ending)
-            replicas[at].end(over)
-            ended(at, over)
+        fleet.until(now)
         if i == world.requests:
-            for each in replicas:
+            fleet.took.clear()
+            for each in fleet.replicas:
                 each.requests = each.fills = each.reads = each.without_slot = 0
-        replica = choose(adapter)
-        replica.begin(adapter)
+        at = place[id(choose(adapter))]
         if i >= world.requests:
-            seen[place[id(replica)]].add(adapter)
-        heapq.heappush(ending, (now + world.service, place[id(replica)], adapter))
+            seen[at].add(adapter)
+        fleet.begin(at, adapter, now)
     return seen
 
 
 def capacity(world: World, routings: Iterable[str] = ROUTINGS) -> None:
+    measured = world.calibration is not None
+    each = f"{world.service:g} s each"
+    if measured:
+        each = f"{world.prompt} + {world.tokens} tokens, {world.request_seconds(1):.2g} s alone"
     print(
-        f"{world.rate:g} requests/s of {world.service:g} s each, {world.adapters:,} "
+        f"{world.rate:g} requests/s of {each}, {world.adapters:,} "
         f"adapters (Zipf {world.zipf:g}), {world.replicas} replicas of {world.slots} "
         f"slots and {world.host} host copies; {world.seconds:g} s after as many to warm up"
     )
-    print("| routing | fills/s | of requests | reads/s | no slot free | adapters each | load p99 |")
-    print("|---|---|---|---|---|---|---|")
+    columns = ["routing", "fills/s", "of requests", "reads/s", "no slot free", "adapters each"]
+    columns += ["load p99", *(["seconds p50", "p99"] if measured else [])]
+    print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
     for name in routings:
-        replicas, seen = route(world, name)
+        fleet, seen = route(world, name)
+        replicas = fleet.replicas
         fills, reads = (sum(getattr(r, key) for r in replicas) for key in ("fills", "reads"))
-        load = quantiles((replica.load for replica in replicas), n=100)[98]
         waiting = sum(replica.without_slot for replica in replicas)
-        print(
-            f"| {name} | {fills / world.seconds:,.0f} "
-            f"({fills / world.seconds / len(replicas):.2f} each) "
-            f"| {fills / world.requests:.1%} | {reads / world.seconds:,.0f} "
-            f"| {waiting / world.requests:.1%} "
-            f"| {mean(map(len, seen)):.0f} | {load:.0f} |",
-            flush=True,
-        )
+        cells = [
+            name,
+            f"{fills / world.seconds:,.0f} ({fills / world.seconds / len(replicas):.2f} each)",
+            f"{fills / world.requests:.1%}",
+            f"{reads / world.seconds:,.0f}",
+            f"{waiting / world.requests:.1%}",
+            f"{mean(map(len, seen)):.0f}",
+            f"{quantiles((replica.load for replica in replicas), n=100)[98]:.0f}",
+        ]
+        if measured:
+            took = quantiles(fleet.took, n=100) if len(fleet.took) > 1 else [math.nan] * 99
+            cells += [f"{took[49]:.2f}", f"{took[98]:.2f}"]
+        print(f"| {' | '.join(cells)} |", flush=True)
 
 
 @dataclass(eq=False)
@@ -409,11 +547,14 @@ def main(arguments: list[str] | None = None) -> None:
         ("zipf", _at_least(0, float), "exponent; 0 if all adapters are asked for alike"),
         ("slots", count, "adapters that a replica computes with at a time"),
         ("host", count, "host copies of a replica"),
-        ("service", rational, "seconds of a request"),
+        ("service", rational, "seconds of a request, if there is no calibration"),
+        ("prompt", count, "tokens of a request's prompt, with a calibration"),
+        ("tokens", count, "that a request generates, with a calibration"),
         ("seconds", rational, "counted, after as many to warm up"),
     ):
         default = getattr(World, name)
         one.add_argument(f"--{name}", type=read, default=default, help=f"{said} ({default:g})")
+    one.add_argument("--calibration", type=Path, help="what calibrate.py has written")
     one.add_argument("--haproxy", action="store_true", help="ask HAProxy itself as well")
     commands.add_parser("fairness")
     given = vars(parser.parse_args(arguments))
@@ -421,6 +562,10 @@ def main(arguments: list[str] | None = None) -> None:
         fairness()
         return
     routings = [*ROUTINGS, "haproxy"] if given.pop("haproxy") else ROUTINGS
+    try:
+        given["calibration"] = given["calibration"] and Calibration.read(given["calibration"])
+    except (OSError, ValueError) as error:
+        one.error(str(error))
     world = World(**given)
     if not world.requests:
         one.error(f"--rate {world.rate:g} for --seconds {world.seconds:g} is not one request")

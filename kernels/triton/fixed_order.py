@@ -219,7 +219,7 @@ def fixed_order_matmul(x: Tensor, weight: Weight, activation: Activation | None 
     if activation is not None:
         check_activation(activation)
     if isinstance(weight, PackedWeight) and not takes(weight, x.dtype):
-        weight = DenseWeight(weight.dequantize(x.dtype), weight.bias)
+        weight = DenseWeight(weight.dequantize(x.dtype), weight.bias, weight.part_of)
     flat = x.reshape(-1, weight.in_features)
     packed = weight if isinstance(weight, PackedWeight) else None
     if packed is not None and packed.perm is not None:
@@ -235,7 +235,8 @@ def fixed_order_matmul(x: Tensor, weight: Weight, activation: Activation | None 
     if rows == 0:
         return out
     group = 0 if packed is None or packed.groups == 1 else packed.group_size
-    order = order_of(weight.out_features, columns, group, processors, dense=packed is None)
+    whole = weight.part_of or weight.out_features
+    order = order_of(whole, columns, group, processors, dense=packed is None)
     blocks = triton.cdiv(weight.out_features, order.block_n) * triton.cdiv(rows, order.block_m)
     apart = order.parts if blocks < processors else 1
     size = blocks * order.parts * order.block_n * order.block_m if apart > 1 else 1

@@ -122,11 +122,16 @@ def running_site(count: int, scheme: str, *options: str) -> Iterator[Site]:
 
 
 @pytest.fixture(scope="module")
-def site(tiny_model: Callable[..., Path], tiny_adapter: Callable[..., Path]) -> Iterator[Site]:
+def options(tiny_model: Callable[..., Path], tiny_adapter: Callable[..., Path]) -> list[str]:
+    """A model with the adapters a0 to a7 and b0 to b3."""
     names = [*(f"a{i}" for i in range(8)), *(f"b{i}" for i in range(4))]
     adapters = [f"--lora-modules={name}={tiny_adapter(seed=1)}" for name in names]
-    model = str(tiny_model(max_length=4096))
-    with running_site(2, "http", "--model", model, *adapters, "--max-lora-rank", "8") as site:
+    return ["--model", str(tiny_model(max_length=4096)), *adapters, "--max-lora-rank", "8"]
+
+
+@pytest.fixture(scope="module")
+def site(options: list[str]) -> Iterator[Site]:
+    with running_site(2, "http", *options) as site:
         yield site
 
 
@@ -187,50 +192,67 @@ class Load:
             thread.join()
 
 
-@needs_haproxy
-def test_a_killed_server_loses_no_request_and_its_streams_end_with_an_error(site: Site) -> None:
-    """Streams that began cannot be taken over; their clients are told."""
-    ended: dict[str, str] = {}
+class Streams:
+    """A stream for each model at once. last: of each that has ended, the data of its last event."""
 
-    def stream(model: str) -> None:
-        # So long that none ends before the kill.
-        body = {"model": model, "prompt": "a", "max_tokens": 2000, "ignore_eos": True}
-        with httpx.stream(
-            "POST", f"{site.url}/v1/completions", json={**body, "stream": True}, timeout=120
-        ) as response:
+    def __init__(self, site: Site, models: list[str], tokens: int) -> None:
+        """All have begun when this returns."""
+        self.last: dict[str, str] = {}
+        self._site, self._tokens = site, tokens
+        self._began = {model: threading.Event() for model in models}
+        self._threads = [threading.Thread(target=self._stream, args=(model,)) for model in models]
+        for thread in self._threads:
+            thread.start()
+        for each in self._began.values():
+            assert each.wait(60)
+
+    def _stream(self, model: str) -> None:
+        body = {"model": model, "prompt": "a", "max_tokens": self._tokens, "ignore_eos": True}
+        url = f"{self._site.url}/v1/completions"
+        with httpx.stream("POST", url, json={**body, "stream": True}, timeout=120) as response:
             assert response.status_code == 200
             text = ""
             for piece in response.iter_text():
-                began[model].set()
+                self._began[model].set()
                 text += piece
-        ended[model] = text.strip().splitlines()[-1].removeprefix("data: ")
+        self.last[model] = text.strip().splitlines()[-1].removeprefix("data: ")
 
+    def join(self) -> None:
+        for thread in self._threads:
+            thread.join()
+
+
+def kill_under_load(site: Site, of: Callable[[int], int]) -> list[dict[str, str]]:
+    """Kill a process of the first server, which is started again; the errors of its streams.
+
+    of: which process, given the server's. Streams that began cannot be taken over: their clients
+    are told. All others get what they asked for.
+    """
     models = [f"a{i}" for i in range(8)]
     for model in models:
         assert site.ask(model).status_code == 200
     before, ups = site.sequences()[0], site.said("servers/replica1 is UP")
-    began = {model: threading.Event() for model in models}
-    threads = [threading.Thread(target=stream, args=(model,)) for model in models]
     with Load(site) as load:
-        for thread in threads:
-            thread.start()
-        for each in began.values():
-            assert each.wait(60)
+        streams = Streams(site, models, 2000)  # so long that none ends before the kill
         # Those that came while a server was full have gone to the other.
         there = site.sequences()[0]
         killed = {model for model in models if there.get(model, 0) > before.get(model, 0)}
         victim = site.pids()[0]
-        os.kill(victim, signal.SIGKILL)
-        for thread in threads:
-            thread.join()
+        os.kill(of(victim), signal.SIGKILL)
+        streams.join()
         site.until("servers/replica1 is UP", times=ups + 1)
-    assert set(load.statuses) == {200}
     assert killed
-    assert {model for model, last in ended.items() if last != "[DONE]"} == killed
-    errors = [json.loads(ended[model])["error"] for model in killed]
+    assert {model for model, last in streams.last.items() if last != "[DONE]"} == killed
+    assert site.pids()[0] != victim
+    assert set(load.statuses) == {200}
+    return [json.loads(streams.last[model])["error"] for model in killed]
+
+
+@needs_haproxy
+def test_a_killed_server_loses_no_request_and_its_streams_end_with_an_error(site: Site) -> None:
+    errors = kill_under_load(site, lambda server: server)
     assert {error["code"] for error in errors} == {"engine_failed"}
     assert all("was killed" in error["message"] for error in errors)
-    assert site.pids()[0] != victim
 
 
 class Fake(ThreadingHTTPServer):
@@ -358,6 +380,32 @@ def test_a_rolling_restart_loses_nothing(site: Site) -> None:
         site.until("every server has been replaced")
     assert set(load.statuses) == {200}
     assert not set(before) & set(site.pids())
+
+
+@pytest.mark.slow
+@needs_haproxy
+def test_a_killed_rank_is_a_killed_server(options: list[str]) -> None:
+    """Of servers that two ranks compute; of rank 0 it is the keeper which tells."""
+
+    def rank_1(server: int) -> int:
+        found = subprocess.run(
+            ["pgrep", "-P", str(server), "-f", "multiprocessing-fork"],
+            capture_output=True,
+            text=True,
+        )
+        return int(found.stdout)
+
+    with running_site(2, "http", *options, "--tensor-parallel-size", "2") as site:
+        for of, said in (
+            (rank_1, "rank 1 was ended by SIGKILL"),
+            (lambda server: server, "the server was killed"),
+        ):
+            other = rank_1(site.pids()[0])
+            errors = kill_under_load(site, of)
+            assert {error["code"] for error in errors} == {"engine_failed"}
+            assert all(said in error["message"] for error in errors)
+            with pytest.raises(ProcessLookupError):
+                os.kill(other, 0)
 
 
 @pytest.mark.slow

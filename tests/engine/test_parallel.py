@@ -12,12 +12,14 @@ import torch
 from transformers import AutoConfig
 
 from nybble.engine import EngineConfig
+from nybble.engine.decoder import Decoder
 from nybble.engine.parallel import ALONE, TensorParallel
 from nybble.engine.ranks import check_ranks
 from nybble.kernels import DenseWeight, PackedWeight
 from nybble.kernels.layout import Layout
-from nybble.loaders import open_checkpoint
+from nybble.loaders import Checkpoint, open_checkpoint
 from nybble.models import Architecture, architecture_of
+from nybble.quantizers import InFlight
 
 SIZES = {
     "vocab_size": 300,
@@ -133,6 +135,30 @@ def test_outputs_of_a_packed_weight_keep_their_values_in_every_layout(
     assert weight.bias is not None
     assert cut.bias is not None
     assert torch.equal(cut.bias, weight.bias[rows])
+
+
+@pytest.mark.parametrize("format", ["16 bits", "nf4"])
+def test_every_weight_of_a_rank_says_of_how_many_outputs_it_is_a_part(
+    tiny_model: Callable[..., Path], format: str
+) -> None:
+    """By which a GPU's kernels add as one rank does, if their order is fixed."""
+    source: Checkpoint = open_checkpoint(tiny_model())
+    if format == "nf4":
+        source = InFlight(source, layers="nf4")
+    found = []
+    for group in (ALONE, TensorParallel(1, 2)):
+        decoder = Decoder(
+            architecture_of(source.config),
+            source.weights(),
+            device=torch.device("cpu"),
+            dtype=torch.bfloat16,
+            max_model_len=64,
+            group=group,
+        )
+        found.append([*(w for each in decoder._weights for w in each), decoder._head_weight])
+    whole, part = found
+    assert {weight.part_of for weight in whole} == {0}
+    assert [weight.part_of for weight in part] == [weight.out_features for weight in whole]
 
 
 def test_one_range_of_a_mapped_weight_stays_where_it_is(tiny_model: Callable[..., Path]) -> None:

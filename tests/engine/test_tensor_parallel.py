@@ -371,24 +371,45 @@ def test_a_packed_model_is_cut_where_it_lies(
     assert_equal(tmp_path / "packed", ranks, asked())
 
 
-def test_each_layer_gathers_four_times_and_a_step_once_more(
-    model: Callable[[str], Path], ranks: Ranks, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("name", "calls"),
+    [
+        ("16 bits", 4),
+        pytest.param("cohere", 3, marks=pytest.mark.slow),  # attention and MLP side by side
+        pytest.param("qwen2_moe", 5, marks=pytest.mark.slow),  # experts, and a shared one
+        pytest.param("olmo2", 6, marks=pytest.mark.slow),  # norms of all queries, and of all keys
+    ],
+)
+def test_what_is_gathered_in_each_layer_and_once_a_step(
+    model: Callable[[str], Path],
+    ranks: Ranks,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    calls: int,
 ) -> None:
-    """What docs/scaling.md says of the bytes that a rank receives."""
-    gathered: list[tuple[int, int]] = []
+    """What docs/scaling.md says of the gathers and of the bytes that a rank receives."""
+    gathered: list[int] = []
     gather = TensorParallel.gather
 
     def counted(group: TensorParallel, own: torch.Tensor) -> torch.Tensor:
-        gathered.append((own.numel() * own.itemsize, len(own)))
+        gathered.append(own.numel() * own.itemsize)
         return gather(group, own)
 
     monkeypatch.setattr(TensorParallel, "gather", counted)
     prompt = (3, 4, 5)
     params = SamplingParams(max_tokens=2, temperature=0, ignore_eos=True)
-    _, engine = answers(model("16 bits"), ranks, [(prompt, params, None)], prefix_caching=False)
-    size, layers, hidden, inner, vocab = ranks.group.size, 2, 128, 256, engine.vocab_size
-    of_a_token = layers * (3 * hidden + inner) // size * 2
+    _, engine = answers(model(name), ranks, [(prompt, params, None)], prefix_caching=False)
+    size, vocab = ranks.group.size, engine.vocab_size
+    numbers = {
+        # Heads, intermediate features, and what attention and MLP return: 4 · 32, 256, 128.
+        "16 bits": 128 + 256 + 2 * 128,
+        "cohere": 64 + 128 + 64,
+        "qwen2_moe": 64 + (2 * 32 + 64) + 2 * 64,
+        # Two KV heads, which two ranks of four have twice.
+        "olmo2": 64 + 128 + 2 * 64 + 4 * 16 + max(2, size) * 16,
+    }
+    of_a_token = 2 * numbers[name] // size * 2  # layers, and 16 bits
     head = -(-vocab // size) * 2
     steps = [3 * of_a_token + head, of_a_token + head] * 2  # two turns of a prompt and a token
-    assert len(gathered) == len(steps) * (4 * layers + 1)
-    assert sum(nbytes for nbytes, _ in gathered) == sum(steps)
+    assert len(gathered) == len(steps) * (2 * calls + 1)
+    assert sum(gathered) == sum(steps)

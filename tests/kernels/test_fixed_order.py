@@ -9,11 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from nybble.engine.parallel import TensorParallel, cut_outputs
 from nybble.kernels import DenseWeight, reference
 from nybble.kernels.attention_batch import AttentionBatch
 from nybble.kernels.bench.gpu_lora import adapters
 from nybble.kernels.bench.gpu_section import in_8_bits, paged
 from nybble.kernels.lora_batch import LoRABatch
+from nybble.kernels.packed import Weight
 
 pytest.importorskip("triton", reason="Triton is for Linux")
 
@@ -102,6 +104,33 @@ def test_a_row_of_a_16_bit_product_is_the_same_in_any_batch(
     for part in (slice(0, 1), slice(129, 130), slice(60, 90)):
         assert torch.equal(fixed_order.fixed_order_matmul(rows[part], weight), flat[part])
     assert {parts for _, parts in grids} == ({1, 2} if columns == 1024 else {1})
+
+
+@pytest.mark.parametrize(
+    "kind", ["16 bits", "gated", "zeros", pytest.param("symmetric", marks=pytest.mark.slow)]
+)
+def test_a_rank_computes_its_outputs_as_one_that_has_them_all(kind: str) -> None:
+    """The order of sums is that of the whole weight: a part alone would have another."""
+    parallel = TensorParallel(1, 2)
+    out, columns, group = (768, 1008, 24) if kind == "zeros" else (768, 1024, 128)
+    weight: Weight
+    if kind == "16 bits":
+        weight = DenseWeight(torch.randn(out, columns).half(), torch.randn(out).half())
+    else:
+        weight = random_weight("zeros" if kind == "zeros" else "symmetric", out, columns, group)
+        weight = weight.to_layout("gpu_gated_tiles" if kind == "gated" else "gpu_tiles")
+    orders = [
+        fixed_order.order_of(each, columns, group, PROCESSORS, dense=kind in ("16 bits", "zeros"))
+        for each in (out, out // 2)
+    ]
+    assert orders[0].parts != orders[1].parts
+    halves = (0, out // 2) if kind == "gated" else (0,)
+    start, stop = parallel.share(out // len(halves))
+    own = cut_outputs(weight, [(first + start, first + stop) for first in halves])
+    x = torch.randn(3, columns).half()
+    whole = fixed_order.fixed_order_matmul(x, weight)
+    expected = torch.cat([whole[:, first + start : first + stop] for first in halves], 1)
+    assert torch.equal(fixed_order.fixed_order_matmul(x, own), expected)
 
 
 def test_a_weight_without_a_kernel_is_computed_in_16_bits() -> None:

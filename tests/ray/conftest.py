@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -50,12 +51,14 @@ def cluster() -> Iterator[None]:
 
 
 def _start_ray() -> None:
-    """Ray gives its own processes 30 s to start, in which a busy machine may not manage it."""
-    for last in (False, False, True):
+    """Ray gives the agents of its raylet 15 s each to tell their ports, in which a busy machine may
+    not manage it, and dies. The limit is in its C++ (Ray 2.60): no setting changes it."""
+    deadline = time.monotonic() + 600
+    while True:
         try:
             ray.init(num_cpus=8, include_dashboard=False, log_to_driver=True)
             return
         except Exception:
             ray.shutdown()
-            if last:
+            if time.monotonic() > deadline:
                 raise

@@ -5,9 +5,12 @@ from __future__ import annotations
 import asyncio
 import json
 import shutil
+import threading
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack, ExitStack
 from dataclasses import replace
+from hashlib import sha1
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -338,6 +341,96 @@ def test_a_replaced_folder_is_served_and_a_broken_one_leaves_the_last_good_versi
         assert await ask(client, "a") == (404, "model_not_found")
 
     serve(engines, [shared("memory://loras")], scenario)
+
+
+class Hub(ThreadingHTTPServer):
+    """As much of the Hugging Face Hub as its file system asks for.
+
+    repositories: the files of each, by their names. asked: the paths of all requests.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), HubAnswer)
+        self.repositories: dict[str, dict[str, bytes]] = {}
+        self.asked: list[str] = []
+        threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
+
+    def put(self, name: str, folder: Path) -> None:
+        self.repositories[name] = {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+class HubAnswer(BaseHTTPRequestHandler):
+    server: Hub
+
+    def do_GET(self) -> None:
+        path = self.path.partition("?")[0]
+        self.server.asked.append(path)
+        for name, files in self.server.repositories.items():
+            if path == f"/api/models/{name}":
+                return self._json({"id": name, "_id": "1", "sha": "0" * 40, "siblings": []})
+            if path == f"/api/models/{name}/tree/main":
+                entries = (
+                    (file, len(data), sha1(data).hexdigest()) for file, data in files.items()
+                )
+                return self._json(
+                    [{"type": "file", "path": p, "size": n, "oid": oid} for p, n, oid in entries]
+                )
+            data = files.get(path.removeprefix(f"/{name}/resolve/main/"))
+            if data is not None:
+                first, last = self.headers["Range"].removeprefix("bytes=").split("-")
+                return self._send(206, data[int(first) : int(last) + 1])
+        return self._send(404, b"", {"X-Error-Code": "RepoNotFound"})
+
+    def _json(self, value: Any) -> None:
+        self._send(200, json.dumps(value).encode())
+
+    def _send(self, status: int, data: bytes, headers: dict[str, str] | None = None) -> None:
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(data)), **(headers or {})}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_repositories_of_the_hub_are_adapters(
+    engines: list[Engine],
+    shared: Callable[..., SharedAdapters],
+    tiny_adapter: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """By the hub's own file system; those outside the rule are never asked for."""
+    hub = Hub()
+    monkeypatch.setitem(
+        fsspec.config.conf, "hf", {"endpoint": f"http://127.0.0.1:{hub.server_port}"}
+    )
+    hub.put("org/one", tiny_adapter(seed=1))
+    hub.put("rival/one", tiny_adapter(seed=1))
+
+    async def scenario(client: Client) -> None:
+        base = await ask(client, "tiny")
+        one = await ask(client, "org/one")
+        assert one[0] == 200
+        assert one != base
+        assert await ask(client, "org/two") == (404, "model_not_found")
+        assert await ask(client, "rival/one") == (404, "model_not_found")
+        # A new commit, and a new repository under a name that was absent.
+        hub.put("org/one", tiny_adapter(seed=2))
+        hub.put("org/two", tiny_adapter(seed=1))
+        await asyncio.sleep(0.15)
+        other = await ask(client, "org/one")
+        assert other[0] == 200
+        assert other != one
+        assert await ask(client, "org/two") == one
+
+    try:
+        serve(engines, [shared("org/*=hf://{name}")], scenario)
+    finally:
+        hub.shutdown()
+        hub.server_close()
+    assert not [path for path in hub.asked if "rival" in path]
 
 
 def test_while_a_place_does_not_answer_what_is_loaded_is_served(
