@@ -27,7 +27,8 @@ from nybble.engine import AdapterError, AdapterInfo, Engine, ParameterError
 from nybble.loaders.adapter import content_digest, own_files
 from nybble.server.adapters.archive import CONFIG, WEIGHTS
 from nybble.server.adapters.disk_cache import AdapterDiskCache, CacheFullError
-from nybble.server.adapters.places import NAME, AdapterRegistry, Found, Place, PlaceError
+from nybble.server.adapters.names import is_name
+from nybble.server.adapters.places import AdapterRegistry, Found, Place, PlaceError
 from nybble.server.http import retry_after
 from nybble.server.http.errors import ApiError
 from nybble.server.observability.exposition import CounterSeries, Family, counter
@@ -314,11 +315,6 @@ class AdapterResolver:
         """
         registry = self.registry
         assert registry is not None
-        if not NAME.fullmatch(name):
-            raise AdapterError(
-                f"adapter name {name!r}: expected letters, digits, '.', '_' and '-', at most 128, "
-                "with at most one slash"
-            )
         with _told():
             if not replace and registry.find(name) is not None:
                 raise AdapterError(
@@ -353,7 +349,7 @@ class AdapterResolver:
                     param="lora_name",
                     code="not_in_registry",
                 )
-            if registry is None or not NAME.fullmatch(name):
+            if registry is None or not is_name(name):
                 return False
             if held is None and registry.find(name) is None:
                 return False

@@ -25,7 +25,7 @@ from nybble.server.api.openapi import openapi_document
 from nybble.server.api.output.dialect import Dialects
 from nybble.server.api.parameter_names import parameters_called
 from nybble.server.api.parse import read_body, read_object
-from nybble.server.api.prompts import Prompts
+from nybble.server.api.prompts import OwnTemplates, Prompts
 from nybble.server.api.respond import json_response, respond, respond_whole
 from nybble.server.api.response_store import ResponseStore
 from nybble.server.api.responses_routes import ResponsesApi
@@ -252,7 +252,7 @@ class Api:
         adapter = None
         if body.model is not None:
             adapter = await self._names.adapter(body.model, None, Call.of(request))
-        own, prompts = self._engine.chat_templates_of(adapter), self._texts.of(adapter).prompts
+        own, prompts = OwnTemplates.of(adapter, self._engine), self._texts.of(adapter).prompts
         if body.messages is not None:
             tools = [tool.model_dump(exclude_none=True) for tool in body.tools or ()] or None
             tokens = (await prompts.chat(body.messages, body, own, tools=tools)).token_ids
