@@ -284,6 +284,11 @@ def test_messages_that_cannot_be_rendered_are_refused(llm: LLM) -> None:
 def test_an_adapter_that_cannot_be_had_is_named(
     llm: LLM, tiny_model: Callable[..., Path], tiny_adapter: Callable[..., Path]
 ) -> None:
+    wide = tiny_adapter(r=16)
+    with pytest.raises(AdapterError, match=r"up to rank 8: raise max_lora_rank$"):
+        llm.generate("x", adapter=wide)
+    with pytest.raises(ValueError, match=r"^max_lora_rank is 0, expected at least 1$"):
+        LLM("demo", enable_lora=True, max_lora_rank=0)
     with pytest.raises(AdapterError, match="no-such-adapter"):
         llm.generate([[5]], GREEDY, adapter="no-such-adapter")
     with (

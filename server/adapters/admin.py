@@ -38,6 +38,7 @@ from nybble.server.api.schema import (
     UnloadAdapterRequest,
 )
 from nybble.server.http.errors import ApiError
+from nybble.server.lifecycle.flag_names import in_flags
 from nybble.server.tenancy.keys import Keys
 
 logger = logging.getLogger(__name__)
@@ -434,7 +435,7 @@ def restore(
             engine.load_adapter(require_name(name), str(_allowed(path, allowed)))
             logger.info("adapter %s is loaded again", name)
         except (ApiError, AdapterError, ValueError, OSError) as error:
-            logger.error("adapter %s cannot be loaded again: %s", name, error)
+            logger.error("adapter %s cannot be loaded again: %s", name, in_flags(error))
 
 
 def restore_mixtures(engine: Engine, models: Sequence[str], state: Path | None) -> None:
@@ -456,7 +457,7 @@ def restore_mixtures(engine: Engine, models: Sequence[str], state: Path | None) 
                 failed[name] = error
         if len(failed) == len(left):
             for name, reason in failed.items():
-                logger.error("adapter %s cannot be mixed again: %s", name, reason)
+                logger.error("adapter %s cannot be mixed again: %s", name, in_flags(reason))
             return
         left = {name: left[name] for name in failed}
 
@@ -473,7 +474,7 @@ def restore_uploads(engine: Engine, models: Sequence[str], roots: Sequence[Path]
         try:
             engine.load_adapter(name, str(folder))
         except (AdapterError, OSError) as error:
-            logger.error("uploaded adapter %s cannot be loaded: %s", name, error)
+            logger.error("uploaded adapter %s cannot be loaded: %s", name, in_flags(error))
 
 
 def _allowed(path: str, roots: Sequence[Path]) -> Path:

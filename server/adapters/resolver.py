@@ -31,6 +31,7 @@ from nybble.server.adapters.names import is_name
 from nybble.server.adapters.places import AdapterRegistry, Found, Place, PlaceError
 from nybble.server.http import retry_after
 from nybble.server.http.errors import ApiError
+from nybble.server.lifecycle.flag_names import in_flags
 from nybble.server.observability.exposition import CounterSeries, Family, counter
 
 logger = logging.getLogger(__name__)
@@ -258,11 +259,13 @@ class AdapterResolver:
             await loop.run_in_executor(self._fetchers, self._install, found, None)
         except (AdapterError, ParameterError) as error:
             if not isinstance(error, ParameterError):
-                logger.error("adapter %s of %s cannot be served: %s", name, found.folder, error)
-            self._broken[name] = (found.revision, str(error))
+                logger.error(
+                    "adapter %s of %s cannot be served: %s", name, found.folder, in_flags(error)
+                )
+            self._broken[name] = (found.revision, in_flags(error))
             while len(self._broken) > _MOST_ABSENT:
                 self._broken.popitem(last=False)
-            return self._not_served(name, held, str(error))
+            return self._not_served(name, held, in_flags(error))
         except FileNotFoundError:  # removed meanwhile
             self._remember_absent(name)
             return False

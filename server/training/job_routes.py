@@ -93,7 +93,7 @@ class JobRoutes:
         if rank > most:
             raise ApiError(
                 400,
-                f"rank is {rank}, this server serves adapters up to {most} (--max-lora-rank)",
+                f"rank is {rank}, this server serves adapters up to --max-lora-rank {most}",
                 param="nybble.rank",
                 code="invalid_value",
             )

@@ -252,7 +252,8 @@ def test_an_adapter_that_does_not_fit_is_a_client_s_error(engine: Engine, root: 
         body = {"lora_name": "wide", "lora_path": "wide"}
         error = await admin(client, LOAD, body, 400)
         assert error["code"] == "invalid_adapter"
-        assert "has rank 16, but this server holds adapters up to rank 8" in error["message"]
+        told = error["message"].partition("has rank 16, but this server holds adapters up to ")[2]
+        assert told == "rank 8: raise --max-lora-rank"
         error = await admin(client, LOAD, {"lora_name": "tiny", "lora_path": "one"}, 400)
         assert "is the name of the base model" in error["message"]
 
@@ -420,12 +421,13 @@ def command(*arguments: str) -> Result:
 
 
 def test_the_command_refuses_adapters_in_one_line(
-    tiny_model: Callable[..., Path], tmp_path: Path
+    tiny_model: Callable[..., Path], tiny_adapter: Callable[..., Path], tmp_path: Path
 ) -> None:
     folder = str(tiny_model())
     for option, message in (
         ("poet", "--lora-modules 'poet': expected NAME=PATH"),
         (f"poet={tmp_path}", "has no adapter_config.json"),
+        (f"poet={tiny_adapter(r=65)}", "up to rank 64: raise --max-lora-rank"),
     ):
         done = command("serve", "--model", folder, "--port", "0", "--lora-modules", option)
         assert done.exit_code == 1
