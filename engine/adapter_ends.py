@@ -475,6 +475,8 @@ def _staged_head(
 
     first, last = group.share(rows)
     own = tensors.of_tokens(first, last) if group.size > 1 else tensors
+    if group.rank > 0 and own.matrix is not None:
+        own = replace(own, matrix=own.matrix.clone())  # the others' part is not kept
     low_rank = None
     if own.a is not None and own.b is not None:
         low_rank = _LowRank.of(own.a, own.b, dtype, backend)

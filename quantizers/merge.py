@@ -139,7 +139,8 @@ def merge_adapter(
         _set_in_config(config, "tie_word_embeddings", False)
     if adapter.vocab is not None:
         _set_in_config(config, "vocab_size", adapter.vocab)
-    tokenizer = None if folder is None else _own_tokenizer(source, folder, merge.rows)
+    rows = adapter.vocab or architecture.vocab
+    tokenizer = None if folder is None else _own_tokenizer(source, folder, rows)
     calibrator = None
     if calibration is not None and plan.format is not None and not keep_16_bits:
         calibrator = _Calibrator(merge, calibration, device or torch.device("cpu"))
@@ -222,13 +223,8 @@ class _Merge:
         else:
             base = self.shards.read(stored + ".weight")
         if change is None:
-            return resized(base, self.rows)
-        return change.merged(base, self.rows).to(base.dtype)
-
-    @property
-    def rows(self) -> int:
-        """How many tokens the embedding and the output layer have afterwards."""
-        return self.adapter.vocab or self.checkpoint.architecture.vocab
+            return resized(base, self.adapter.vocab)
+        return change.merged(base, self.adapter.vocab).to(base.dtype)
 
     def _changes_end(self, module: str) -> bool:
         """Whether the embedding or the output layer changes, be it in its number of rows."""
@@ -284,7 +280,7 @@ class _Merge:
             bias = module + ".bias"
             stored = {}
             if bias in self.shards:
-                stored[bias] = resized(self.shards.read(bias)[:, None], self.rows)[:, 0]
+                stored[bias] = resized(self.shards.read(bias)[:, None], self.adapter.vocab)[:, 0]
             return {module + ".weight": self.end(module)} | stored
         if self.plan.same or not self._quantized(module):
             return {n: self.tensor(n) for n in self._names(module)}

@@ -67,7 +67,7 @@ async def serve(
         shutdown_timeout=_FLUSH_SECONDS,
     )
     await runner.setup()
-    ending = _Ending(engine, gate)
+    ending = _Ending(engine, gate, templates)
     loop = asyncio.get_running_loop()
     engine.when_dead(lambda: _tell(loop, ending.asked))
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -114,9 +114,9 @@ class _Ending:
     asked: whether the server is to end.
     """
 
-    def __init__(self, engine: Engine, gate: Gate) -> None:
+    def __init__(self, engine: Engine, gate: Gate, templates: TemplateRenderer) -> None:
         self.asked = asyncio.Event()
-        self._engine, self._gate = engine, gate
+        self._engine, self._gate, self._templates = engine, gate, templates
         self._now: asyncio.Task[None] | None = None
 
     def on_signal(self, number: int) -> None:
@@ -141,6 +141,7 @@ class _Ending:
         timer.start()
         self._engine.abandon()
         await self._gate.close(_FAILED_SECONDS)
+        self._templates.close()  # its process would complain that this one is gone
         os._exit(code)
 
 

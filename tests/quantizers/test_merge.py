@@ -130,12 +130,12 @@ def test_merged_magnitudes_and_biases_equal_peft_s(
             assert not torch.equal(found[name + ".bias"], before[name + ".bias"])
 
 
-BOTH_ENDS = ["embed_tokens", "lm_head"]
+BOTH_ENDS, LORA = ["embed_tokens", "lm_head"], "LoRA on both ends"
 WITH_TOKENS: dict[str, dict[str, Any]] = {
     "rows saved as they are": {},
     "rows trained": {"new_rows": "trained"},
     "matrices trained": {"modules_to_save": BOTH_ENDS},
-    "LoRA on both": {"target_modules": ["v_proj", *BOTH_ENDS]},
+    LORA: {"target_modules": ["v_proj", *BOTH_ENDS]},
     "more rows than tokens": {"rows": 384},
 }
 
@@ -157,16 +157,24 @@ def test_merged_tokens_equal_peft_s_with_their_tokenizer(
     base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     rows = WITH_TOKENS[kind].get("rows", len(tokenizer))
     base.resize_token_embeddings(rows, mean_resizing=False)
-    expected = PeftModel.from_pretrained(base, folder).merge_and_unload().state_dict()
+    unmerged = PeftModel.from_pretrained(base, folder).eval()
+    text = "the <plan> fox<|tool|> jumps zyx over"
+    ids = torch.tensor([tokenizer(text)["input_ids"]])
+    with torch.no_grad():
+        wanted = unmerged(ids).logits
+    expected = unmerged.merge_and_unload().state_dict()
     adapter = load_adapter(folder, architecture_of(AutoConfig.from_pretrained(model)))
     merge_adapter(model, adapter, tmp_path / "merged", progress=False, folder=folder)
-    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.bfloat16)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
     assert merged.config.vocab_size == rows
+    with torch.no_grad():
+        torch.testing.assert_close(merged(ids).logits, wanted, rtol=0.03, atol=0.03)
     found = merged.state_dict()
     assert found.keys() == expected.keys()
-    for name, tensor in found.items():
-        torch.testing.assert_close(tensor.float(), expected[name], rtol=2**-8, atol=1e-6)
-    text = "the <plan> fox<|tool|> jumps zyx over"
+    # Into one matrix, peft merges the LoRA of both ends, which is not what it computes unmerged.
+    twice = {"model.embed_tokens.weight", "lm_head.weight"} if tied and kind == LORA else set()
+    for name in found.keys() - twice:
+        torch.testing.assert_close(found[name], expected[name], rtol=2**-8, atol=1e-6)
     written = AutoTokenizer.from_pretrained(tmp_path / "merged")
     assert written(text)["input_ids"] == tokenizer(text)["input_ids"]
     assert max(written(text)["input_ids"]) >= 320
