@@ -26,13 +26,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from nybble.engine.adapter_ends import (
-    EndTensors,
-    StagedEnds,
-    StepEnds,
-    end_tensors,
-    stage_ends,
-)
+from nybble.engine.adapter_ends import EndTensors, StagedEnds, StepEnds, end_tensors, stage_ends
 from nybble.engine.adapter_layout import AdapterLayout
 from nybble.engine.adapter_memory import AdapterMemory
 from nybble.engine.base_layers import BaseLayers, BaseModel
@@ -368,13 +362,13 @@ class AdapterSlots:
                 f"the adapter changes {min(absorbed)}, which latent attention absorbs; a GPU does "
                 "not compute that so far: train an adapter without it, or use --device cpu"
             )
-        kind = _stretching(adapter)
-        of_ends = "changes of embeddings, the output layer or norms"
-        if self.device.type != "cpu" and (_changes_ends(adapter) or kind):
-            kind = of_ends if _changes_ends(adapter) else kind
+        kind, of_ends = _stretching(adapter), None
+        if _changes_ends(adapter):
+            of_ends = "changes of embeddings, the output layer or norms"
+        if self.device.type != "cpu" and (of_ends or kind):
             raise AdapterError(
-                f"the adapter has {kind}, which a GPU does not compute so far; merge the adapter "
-                "into its base, or use --device cpu"
+                f"the adapter has {of_ends or kind}, which a GPU does not compute so far; merge "
+                "the adapter into its base, or use --device cpu"
             )
         if self._group.size > 1 and (kind := kind or self._norms_of_heads(adapter)):
             raise AdapterError(
