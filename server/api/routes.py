@@ -116,6 +116,8 @@ class Api:
             web.post("/ping", self.health),
             web.post("/invocations", self.invocations),
             web.post("/abort_request", self.abort),
+            web.post("/v1/requests/{id}/cancel", self.cancel),
+            web.delete("/v1/requests/{id}", self.cancel),
             web.get("/metrics", self.metrics),
             web.get("/version", self.version),
             web.get("/openapi.json", self.openapi),
@@ -215,13 +217,20 @@ class Api:
     async def abort(self, request: web.Request) -> web.Response:
         """SGLang's way to cancel a request, by its X-Request-Id or the id of its answer."""
         body = await read_body(request, AbortRequest)
+        return self._cancel(request, body.rid, "rid")
+
+    async def cancel(self, request: web.Request) -> web.Response:
+        """The same, with the id in the path."""
+        return self._cancel(request, request.match_info["id"], "id")
+
+    def _cancel(self, request: web.Request, id: str, param: str) -> web.Response:
         tenant = request.get(TENANT)
-        count = request.app[RUNNING].cancel(body.rid, "" if tenant is None else tenant.name)
+        count = request.app[RUNNING].cancel(id, "" if tenant is None else tenant.name)
         if not count:
             raise ApiError(
                 404,
-                f"no request in progress has the id {body.rid!r}",
-                param="rid",
+                f"no request in progress has the id {id!r}",
+                param=param,
                 code="request_not_found",
             )
         return json_response({"cancelled": count})
