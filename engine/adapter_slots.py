@@ -362,9 +362,9 @@ class AdapterSlots:
                 f"the adapter changes {min(absorbed)}, which latent attention absorbs; a GPU does "
                 "not compute that so far: train an adapter without it, or use --device cpu"
             )
-        kind, of_ends = _stretching(adapter), None
-        if _changes_ends(adapter):
-            of_ends = "changes of embeddings, the output layer or norms"
+        kind = _stretching(adapter)
+        changed = "changes of embeddings, the output layer or norms"
+        of_ends = changed if _changes_ends(adapter) else None
         if self.device.type != "cpu" and (of_ends or kind):
             raise AdapterError(
                 f"the adapter has {of_ends or kind}, which a GPU does not compute so far; merge "
