@@ -12,13 +12,14 @@ rows of the base. If more than half of them are, only the others are kept.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from nybble.engine.base_layers import BaseLayers, BaseModel
+from nybble.engine.parallel import TensorParallel
 from nybble.engine.parts import NormPart, norm_part
 from nybble.kernels import DenseWeight, PackedWeight
 from nybble.kernels.backend import Backend
@@ -31,7 +32,7 @@ from nybble.kernels.reference import stretch_add
 from nybble.loaders import LoRAAdapter
 from nybble.loaders.adapter import LoRAModule
 from nybble.loaders.adapter_changes import MatrixChange
-from nybble.models import Architecture
+from nybble.models import Architecture, Norm
 
 # Inputs that share a scale in 8 bits, if the width is a multiple of so many.
 _GROUP_SIZE = 128
@@ -77,8 +78,91 @@ class _Rounded:
 
 
 @dataclass(frozen=True)
+class MatrixTensors:
+    """What the embedding or the output layer of an adapter is computed with, in its dtype.
+
+    matrix: ``(vocab, hidden)``, instead of the base's.
+    ids, rows: int64 ``(n,)``, ascending, and ``(n, hidden)``, instead of the rows of these tokens.
+    a, b: what is multiplied and added. Of the embedding ``(vocab, rank)``, which ``(hidden, rank)``
+        expands; of the output layer ``(rank, hidden)`` and ``(vocab, rank)``.
+    outputs: gains and shifts, float32 ``(2, vocab)``, as of projections (DoRA and biases).
+    """
+
+    matrix: Tensor | None = None
+    ids: Tensor | None = None
+    rows: Tensor | None = None
+    a: Tensor | None = None
+    b: Tensor | None = None
+    outputs: Tensor | None = None
+
+    def of_tokens(self, first: int, last: int) -> MatrixTensors:
+        """Of an output layer, what these tokens need."""
+        ids, rows = self.ids, self.rows
+        if ids is not None and rows is not None:
+            start, stop = torch.searchsorted(ids, torch.tensor([first, last])).tolist()
+            ids, rows = ids[start:stop] - first, rows[start:stop]
+            if start == stop:
+                ids = rows = None
+        return replace(
+            self,
+            matrix=None if self.matrix is None else self.matrix[first:last],
+            ids=ids,
+            rows=rows,
+            b=None if self.b is None else self.b[first:last],
+            outputs=None if self.outputs is None else self.outputs[:, first:last].contiguous(),
+        )
+
+
+@dataclass(frozen=True)
+class EndTensors:
+    """What an adapter changes at the ends, of all ranks together; see :class:`StagedEnds`.
+
+    norms: weights and biases by the names of norms.
+    rows: how many tokens the output layer has.
+    """
+
+    embedding: MatrixTensors | None
+    head: MatrixTensors | None
+    norms: Mapping[str, tuple[Tensor, Tensor | None]]
+    rows: int
+    known: int | None
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> EndTensors:
+        """The same with what a function makes of each tensor, in an order that is always the same.
+
+        The tensors it is given are contiguous.
+        """
+
+        def of(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else function(tensor.contiguous())
+
+        def of_matrix(tensors: MatrixTensors | None) -> MatrixTensors | None:
+            if tensors is None:
+                return None
+            return MatrixTensors(**{name: of(tensor) for name, tensor in vars(tensors).items()})
+
+        norms = {
+            name: (function(weight.contiguous()), of(bias))
+            for name, (weight, bias) in self.norms.items()
+        }
+        embedding, head = of_matrix(self.embedding), of_matrix(self.head)
+        return EndTensors(embedding, head, norms, self.rows, self.known)
+
+    @property
+    def tensors(self) -> Sequence[Tensor]:
+        found: list[Tensor] = []
+
+        def keep(tensor: Tensor) -> Tensor:
+            found.append(tensor)
+            return tensor
+
+        self.map(keep)
+        return found
+
+
+@dataclass(frozen=True)
 class _Embedding:
-    """See :class:`nybble.loaders.adapter_changes.MatrixChange`.
+    """See :class:`MatrixTensors`.
 
     table: ``(vocab, rank)``, what ``low_rank`` expands for each token; both None without LoRA.
     """
@@ -113,11 +197,11 @@ class _Embedding:
 
 @dataclass(frozen=True)
 class _Head:
-    """See :class:`nybble.loaders.adapter_changes.MatrixChange`.
+    """The output layer, of which each rank computes some tokens; see :class:`MatrixTensors`.
 
-    whole, some: compute the logits of all tokens, or of ``ids``, instead of the base's.
-    rows: how many tokens it has logits for.
-    outputs: gains and shifts, float32 ``(2, vocab)``, as of projections (DoRA and biases).
+    whole, some: compute the logits of all of them, or of ``ids``, instead of the base's.
+    outputs: gains and shifts.
+    first, last: this rank's tokens. rows: how many tokens all ranks have logits for.
     tensors: what these hold.
     """
 
@@ -126,15 +210,21 @@ class _Head:
     some: LinearKernel | None
     outputs: Tensor | None
     low_rank: _LowRank | None
+    first: int
+    last: int
     rows: int
+    group: TensorParallel
     tensors: Sequence[Tensor | None]
 
     def __call__(self, x: Tensor, base: Tensor) -> Tensor:
         """The logits of normed hidden states, of which the base's are ``base``.
 
-        Those have as many columns at least.
+        Those have as many columns at least. All ranks compute it together.
         """
-        out = base[:, : self.rows].contiguous() if self.whole is None else self.whole(x)
+        return self.group.gathered_head(self._own, self.rows)(x, base)
+
+    def _own(self, x: Tensor, base: Tensor) -> Tensor:
+        out = base[:, self.first : self.last].contiguous() if self.whole is None else self.whole(x)
         if self.ids is not None and self.some is not None:
             out[:, self.ids] = self.some(x)
         if self.outputs is not None:
@@ -151,6 +241,7 @@ class StagedEnds:
 
     norms: instead of the base's, by their names.
     known: one more than the highest token that it knows; None for what the base knows.
+    whole: of all ranks together, for the others; None if there are none.
     """
 
     embedding: _Embedding | None
@@ -158,11 +249,16 @@ class StagedEnds:
     norms: Mapping[str, NormPart]
     tensors: tuple[Tensor, ...]
     known: int | None = None
+    whole: EndTensors | None = None
 
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors together."""
-        return sum(each.nbytes for each in self.tensors)
+        whole = () if self.whole is None else self.whole.tensors
+        # Most of what this rank computes with are parts of those.
+        there = {each.untyped_storage().data_ptr() for each in whole}
+        own = (each for each in self.tensors if each.untyped_storage().data_ptr() not in there)
+        return sum(each.nbytes for each in (*whole, *own))
 
     def is_finite(self) -> bool:
         return all(bool(each.isfinite().all()) for each in self.tensors)
@@ -230,56 +326,70 @@ class StepEnds:
         logits.masked_fill_(torch.arange(logits.shape[1]) >= limits, float("-inf"))
 
 
-def stage_ends(
+def end_tensors(
     adapter: LoRAAdapter,
     architecture: Architecture,
     base: BaseModel,
     dtype: torch.dtype,
     known: int | None = None,
-    *,
-    in_8_bits: bool = False,
-) -> StagedEnds | None:
+) -> EndTensors | None:
     """What the adapter changes at the ends, in ``dtype``; None if nothing.
 
     known: one more than the highest token that it knows; None for what the base knows.
+    """
+    embedding = head = None
+    if (change := adapter.embedding) is not None:
+        embedding = _of_embedding(
+            _as_rows(_without_base(change, base.embedding), base.embedding), dtype
+        )
+    if (change := adapter.head) is not None:
+        head = _of_head(_without_base(change, base.head), base, dtype)
+    norms = {}
+    for name in dict.fromkeys(each.rpartition(".")[0] for each in adapter.norms):
+        shape = base.norm_tensors[name][0].shape
+        weight, bias = (
+            adapter.norms[f"{name}.{part}"].to(dtype).view(shape)
+            if f"{name}.{part}" in adapter.norms
+            else own
+            for part, own in zip(("weight", "bias"), base.norm_tensors[name], strict=True)
+        )
+        assert weight is not None
+        norms[name] = weight, bias
+    if embedding is None and head is None and not norms and known is None:
+        return None
+    return EndTensors(embedding, head, norms, adapter.vocab or architecture.vocab, known)
+
+
+def stage_ends(
+    whole: EndTensors,
+    norm: Norm,
+    backend: Backend,
+    dtype: torch.dtype,
+    group: TensorParallel,
+    *,
+    in_8_bits: bool = False,
+) -> StagedEnds:
+    """What this rank computes.
+
     in_8_bits: whether whole matrices are rounded to 8 bits.
     """
     embedding = head = None
     tensors: list[Tensor | None] = []
-    rows = adapter.vocab or architecture.vocab
-    if (change := adapter.embedding) is not None:
-        embedding = _staged_embedding(
-            _as_rows(_without_base(change, base.embedding), base.embedding),
-            base.backend,
-            dtype,
-            in_8_bits=in_8_bits,
-        )
+    if whole.embedding is not None:
+        embedding = _staged_embedding(whole.embedding, backend, dtype, in_8_bits=in_8_bits)
         tensors += embedding.tensors
-    if (change := adapter.head) is not None:
-        head = _staged_head(
-            _without_base(change, base.head), base, dtype, rows, in_8_bits=in_8_bits
-        )
+    if whole.head is not None:
+        head = _staged_head(whole.head, backend, dtype, whole.rows, group, in_8_bits=in_8_bits)
         tensors += head.tensors
-    norms: dict[str, NormPart] = {}
-    for name in dict.fromkeys(each.rpartition(".")[0] for each in adapter.norms):
-        shape = base.norm_tensors[name][0].shape
-        own = {
-            part: adapter.norms[f"{name}.{part}"].to(dtype).view(shape)
-            for part in ("weight", "bias")
-            if f"{name}.{part}" in adapter.norms
-        }
-        weight, bias = base.norm_tensors[name]
-        norms[name] = norm_part(
-            architecture.norm,
-            own.get("weight", weight),
-            own.get("bias", bias),
-            base.backend,
-            name,
-        )
-        tensors += own.values()
-    if embedding is None and head is None and not norms and known is None:
-        return None
-    return StagedEnds(embedding, head, norms, tuple(t for t in tensors if t is not None), known)
+    norms = {
+        name: norm_part(norm, weight, bias, backend, name)
+        for name, (weight, bias) in whole.norms.items()
+    }
+    for pair in whole.norms.values():
+        tensors += pair
+    found = tuple(tensor for tensor in tensors if tensor is not None)
+    sent = whole if group.size > 1 and group.rank == 0 else None
+    return StagedEnds(embedding, head, norms, found, whole.known, sent)
 
 
 def _without_base(change: MatrixChange, base: Tensor | DenseWeight | PackedWeight) -> MatrixChange:
@@ -309,50 +419,78 @@ def _as_rows(change: MatrixChange, base: Tensor | DenseWeight | PackedWeight) ->
     return replace(change, base=None, whole=None, ids=ids, rows=matrix[ids])
 
 
-def _staged_embedding(
-    change: MatrixChange, backend: Backend, dtype: torch.dtype, *, in_8_bits: bool
-) -> _Embedding:
-    table = low_rank = None
+def _of_embedding(change: MatrixChange, dtype: torch.dtype) -> MatrixTensors:
+    a = b = None
     if (module := change.low_rank) is not None:
-        # The kernel takes what is shrunk already: its first matrix is the identity.
-        table = module.b.to(dtype)
-        expand = (module.a.float() * module.scale).T
-        low_rank = _LowRank.of(torch.eye(module.rank), expand, dtype, backend)
-    matrix: Tensor | _Rounded | None = None
-    if change.matrix is not None:
-        matrix = change.matrix.to(dtype)
-        if in_8_bits:
-            matrix = _Rounded(*rounded_rows(matrix), dtype)
-    rows = None if change.rows is None else change.rows.to(dtype)
-    return _Embedding(matrix, change.ids, rows, table, low_rank)
+        a = module.b.to(dtype)
+        b = (module.a.float() * module.scale).T.to(dtype)
+    return MatrixTensors(_in(dtype, change.matrix), change.ids, _in(dtype, change.rows), a, b)
 
 
-def _staged_head(
-    change: MatrixChange, base: BaseModel, dtype: torch.dtype, rows: int, *, in_8_bits: bool
-) -> _Head:
-    def dense(matrix: Tensor | None) -> DenseWeight | None:
-        return None if matrix is None else DenseWeight(matrix.to(dtype))
-
-    def kernel(weight: Weight | None) -> LinearKernel | None:
-        return None if weight is None else base.backend.linear(weight, dtype)
-
-    outputs = low_rank = None
+def _of_head(change: MatrixChange, base: BaseModel, dtype: torch.dtype) -> MatrixTensors:
+    a = b = outputs = None
     if (module := change.low_rank) is not None:
-        outputs = _outputs(module, dense(change.matrix) or base.head)
+        matrix = _in(dtype, change.matrix)
+        outputs = _outputs(module, base.head if matrix is None else DenseWeight(matrix))
         b = module.b.float() * module.scale
         if outputs is not None:
             b *= 1 + outputs[0, :, None]
-        low_rank = _LowRank.of(module.a, b, dtype, base.backend)
+        a, b = module.a.to(dtype), b.to(dtype)
     change = _as_rows(change, base.head)
-    some = dense(change.rows)
-    whole: Weight | None = dense(change.matrix)
+    matrix, rows = _in(dtype, change.matrix), _in(dtype, change.rows)
+    return MatrixTensors(matrix, change.ids, rows, a, b, outputs)
+
+
+def _in(dtype: torch.dtype, tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.to(dtype)
+
+
+def _staged_embedding(
+    tensors: MatrixTensors, backend: Backend, dtype: torch.dtype, *, in_8_bits: bool
+) -> _Embedding:
+    low_rank = None
+    if tensors.b is not None:
+        # The kernel takes what is shrunk already: its first matrix is the identity.
+        low_rank = _LowRank.of(torch.eye(tensors.b.shape[1]), tensors.b, dtype, backend)
+    matrix: Tensor | _Rounded | None = tensors.matrix
+    if isinstance(matrix, Tensor) and in_8_bits:
+        matrix = _Rounded(*rounded_rows(matrix), dtype)
+    return _Embedding(matrix, tensors.ids, tensors.rows, tensors.a, low_rank)
+
+
+def _staged_head(
+    tensors: MatrixTensors,
+    backend: Backend,
+    dtype: torch.dtype,
+    rows: int,
+    group: TensorParallel,
+    *,
+    in_8_bits: bool,
+) -> _Head:
+    def dense(matrix: Tensor | None) -> DenseWeight | None:
+        return None if matrix is None else DenseWeight(matrix)
+
+    def kernel(weight: Weight | None) -> LinearKernel | None:
+        return None if weight is None else backend.linear(weight, dtype)
+
+    first, last = group.share(rows)
+    own = tensors.of_tokens(first, last) if group.size > 1 else tensors
+    if group.rank > 0 and own.matrix is not None:
+        own = replace(own, matrix=own.matrix.clone())  # the others' part is not kept
+    low_rank = None
+    if own.a is not None and own.b is not None:
+        low_rank = _LowRank.of(own.a, own.b, dtype, backend)
+    some = dense(own.rows)
+    whole: Weight | None = dense(own.matrix)
     if in_8_bits and isinstance(whole, DenseWeight):
         rounded = round_to_int8(whole.weight, math.gcd(whole.in_features, _GROUP_SIZE))
         whole = rounded.to_layout(preferred_layout(rounded.qweight.device))
-    tensors = [tensor for weight in (whole, some) for tensor in _tensors_of(weight)]
-    tensors += [each for each in (change.ids, outputs) if each is not None]
-    tensors += () if low_rank is None else low_rank.tensors
-    return _Head(kernel(whole), change.ids, kernel(some), outputs, low_rank, rows, tensors)
+    held = [tensor for weight in (whole, some) for tensor in _tensors_of(weight)]
+    held += [each for each in (own.ids, own.outputs) if each is not None]
+    held += () if low_rank is None else low_rank.tensors
+    return _Head(
+        kernel(whole), own.ids, kernel(some), own.outputs, low_rank, first, last, rows, group, held
+    )
 
 
 def _tensors_of(weight: Weight | None) -> Iterator[Tensor]:

@@ -26,7 +26,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from nybble.engine.adapter_ends import StagedEnds, StepEnds, stage_ends
+from nybble.engine.adapter_ends import EndTensors, StagedEnds, StepEnds, end_tensors, stage_ends
 from nybble.engine.adapter_layout import AdapterLayout
 from nybble.engine.adapter_memory import AdapterMemory
 from nybble.engine.base_layers import BaseLayers, BaseModel
@@ -39,7 +39,7 @@ from nybble.kernels.lora_batch import LoRABatch
 from nybble.kernels.reference import stretch_add
 from nybble.loaders import AdapterError, LoRAAdapter
 from nybble.loaders.adapter_combine import kind_of
-from nybble.models import Architecture, Mixture
+from nybble.models import Architecture, Attention, Mixture
 
 
 @dataclass(frozen=True)
@@ -350,11 +350,11 @@ class AdapterSlots:
         """Copy an adapter to host memory, as slots refer to it; pinned if the device is a GPU.
 
         known: one more than the highest token that it knows; None for what the base knows. A GPU
-            and several ranks never sample others than the base knows.
+            never samples others than the base knows.
 
         Raises AdapterError for an adapter on layers that latent attention absorbs, or with DoRA,
-        (IA)³ or biases, if the device is a GPU, and with DoRA, (IA)³ or biases if there are several
-        ranks. Nor can it change the embedding, the output layer or norms then.
+        (IA)³, biases or changes of the embedding, the output layer or norms, if the device is a
+        GPU, and with DoRA, (IA)³, biases or changes of norms of heads if there are several ranks.
         """
         absorbed = self.architecture.computed_in_16_bits.keys() & adapter.modules.keys()
         if self.device.type != "cpu" and absorbed:
@@ -362,12 +362,15 @@ class AdapterSlots:
                 f"the adapter changes {min(absorbed)}, which latent attention absorbs; a GPU does "
                 "not compute that so far: train an adapter without it, or use --device cpu"
             )
-        if self.device.type != "cpu" and (kind := _stretching(adapter)):
+        kind = _stretching(adapter)
+        changed = "changes of embeddings, the output layer or norms"
+        of_ends = changed if _changes_ends(adapter) else None
+        if self.device.type != "cpu" and (of_ends or kind):
             raise AdapterError(
-                f"the adapter has {kind}, which a GPU does not compute so far; merge the adapter "
-                "into its base, or use --device cpu"
+                f"the adapter has {of_ends or kind}, which a GPU does not compute so far; merge "
+                "the adapter into its base, or use --device cpu"
             )
-        if self._group.size > 1 and (kind := _stretching(adapter)):
+        if self._group.size > 1 and (kind := kind or self._norms_of_heads(adapter)):
             raise AdapterError(
                 f"the adapter has {kind}, which tensor parallelism does not compute so far; merge "
                 "the adapter into its base, or serve it with one rank"
@@ -400,17 +403,36 @@ class AdapterSlots:
                 if pair is not None:
                     _write(pair, module.a, scaled.T)
         ends = None
-        if _changes_ends(adapter) or (known is not None and self.refer_to_host):
+        if _changes_ends(adapter) or (known is not None and self.device.type == "cpu"):
             assert self._base is not None
-            ends = stage_ends(
-                adapter,
-                self.architecture,
-                self._base,
-                self.dtype,
-                known,
-                in_8_bits=self.layout.in_8_bits,
-            )
+            whole = end_tensors(adapter, self.architecture, self._base, self.dtype, known)
+            ends = None if whole is None else self.own_ends(whole)
         return StagedAdapter(memory, ranks, outputs, ends)
+
+    def own_ends(self, whole: EndTensors) -> StagedEnds:
+        """What this rank computes of an adapter's ends."""
+        assert self._base is not None
+        return stage_ends(
+            whole,
+            self.architecture.norm,
+            self._base.backend,
+            self.dtype,
+            self._group,
+            in_8_bits=self.layout.in_8_bits,
+        )
+
+    def _norms_of_heads(self, adapter: LoRAAdapter) -> str | None:
+        """What the adapter changes of norms that are cut with the heads; None if nothing."""
+        own = {
+            self.architecture.module(index, name)
+            for index, layer in enumerate(self.architecture.layers)
+            for mixer in layer.mixers
+            if isinstance(mixer, Attention) and mixer.qk_norm is not None
+            for name in (mixer.q_norm, mixer.k_norm)
+        }
+        changed = (name for name in adapter.norms if name.rpartition(".")[0] in own)
+        found = next(changed, None)
+        return None if found is None else f"a change of {found}"
 
     def is_finite(self, staged: StagedAdapter) -> bool:
         """Whether no value overflowed in the slots' dtype."""
@@ -508,9 +530,7 @@ def _changes_ends(adapter: LoRAAdapter) -> bool:
 
 
 def _stretching(adapter: LoRAAdapter) -> str | None:
-    """What the adapter has beside low-rank changes of projections; None if nothing."""
-    if _changes_ends(adapter):
-        return "changes of embeddings, the output layer or norms"
+    """What of projections the adapter changes beside low-rank changes; None if nothing."""
     other = [each for each in adapter.modules.values() if not each.is_low_rank]
     # Those that stretch first: DoRA may be beside biases.
     return kind_of(max(other, key=lambda each: each.stretches)) if other else None

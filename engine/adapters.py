@@ -131,6 +131,7 @@ class AdapterRegistry:
     tokens: the base model's.
     post: runs a function on the engine thread, in the order of the calls.
     on_failure: called on the engine thread if a version that requests wait for cannot be read.
+    prepare: called with an adapter's own tokens before it is served, on the thread that loads it.
     """
 
     slots: AdapterSlots
@@ -139,6 +140,7 @@ class AdapterRegistry:
     tokens: Tokens
     post: Callable[[Callable[[], None]], None]
     on_failure: Callable[[AdapterVersion, AdapterError], None]
+    prepare: Callable[[Tokens], None] = lambda tokens: None
     _versions: dict[str, AdapterVersion] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
     # What names stood for before, the oldest first; the name that changed last comes last.
@@ -212,6 +214,8 @@ class AdapterRegistry:
         expected: str | None,
     ) -> AdapterInfo:
         name = version.name
+        if version.tokens is not None:
+            self.prepare(version.tokens)
         with self._lock:
             self._check_name(name, replace, expected)
             before = self._versions.get(name)
@@ -442,7 +446,7 @@ class AdapterRegistry:
         if nbytes > self.host_bytes:
             raise AdapterError(
                 f"{what} takes {nbytes} bytes, but the host memory for adapters is "
-                f"{self.host_bytes}: raise host_bytes (--lora-host-memory)"
+                f"{self.host_bytes}: raise host_bytes"
             )
 
     def _check_device_room(self, what: object, staged: StagedAdapter) -> None:
@@ -451,7 +455,7 @@ class AdapterRegistry:
         if needed > there:
             raise AdapterError(
                 f"{what} takes {needed} bytes in a slot, but the GPU's memory for adapters is "
-                f"{there}: raise device_bytes (--lora-device-memory)"
+                f"{there}: raise device_bytes"
             )
 
     def _read(
@@ -547,7 +551,7 @@ def require_rank(what: object, rank: int, max_rank: int) -> None:
     if rank > max_rank:
         raise AdapterError(
             f"{what} has rank {rank}, but this server holds adapters up to rank {max_rank}: raise "
-            "max_rank (--max-lora-rank)"
+            "max_rank"
         )
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from nybble.engine.base_layers import BaseModel
 from nybble.engine.fused_layers import BuiltLayer, fused
 from nybble.engine.latent_parts import Expansion, LatentAttentionPart
-from nybble.engine.parallel import ALONE, TensorParallel
+from nybble.engine.parallel import ALONE, AnyWeight, Named, TensorParallel
 from nybble.engine.parts import (
     AllHeadsNormPart,
     AttentionPart,
@@ -103,7 +103,8 @@ class Decoder:
         """
         self.captures = tuple(captures)
         self._group, self._whole = group, architecture
-        weights = group.own_weights(architecture, weights)
+        self._whole_head: AnyWeight | None = None
+        weights = group.own_weights(architecture, self._seen(weights))
         self.architecture = architecture = group.part_of(architecture)
         self.max_model_len = max_model_len
         self.backend = backend or backend_for(device, dtype)
@@ -245,13 +246,31 @@ class Decoder:
             logits[:, self.num_tokens :] = float("-inf")
         return logits
 
+    def _seen(self, weights: Iterable[Named]) -> Iterator[Named]:
+        """The weights; keeps the output layer of all ranks, which is where its file is mapped."""
+        for name, weight in weights:
+            if name == self._whole.head and self._group.size > 1 and self._group.rank == 0:
+                self._whole_head = weight
+            yield name, weight
+
     @property
     def base(self) -> BaseModel:
-        """What adapters need to know of it."""
+        """What adapters need to know of it: of all ranks the ends, of this one the projections."""
+        head = self._head_weight
+        if isinstance(self._whole_head, PackedWeight):
+            head = self._whole_head
+        elif isinstance(self._whole_head, DenseWeight):
+            bias = self._whole_head.bias
+            head = DenseWeight(
+                self._whole_head.weight.to(self._dtype),
+                None if bias is None else bias.to(self._dtype),
+            )
+        elif self._group.size > 1 and self._whole.tied:
+            head = DenseWeight(self.embedding)
         return BaseModel(
             projections=self._weights,
             embedding=self.embedding,
-            head=self._head_weight,
+            head=head,
             norm_tensors=self._norm_tensors,
             backend=self.backend,
         )

@@ -42,10 +42,7 @@ def check_speculation(target: Checkpoint, draft: Checkpoint | None, config: Engi
     served = architecture_of(target.config)
     if draft is None:
         if config.speculate == "draft":
-            raise ValueError(
-                "speculate (--speculate) is 'draft', which needs a draft model (--draft-model); "
-                "'ngram' needs none"
-            )
+            raise ValueError("speculate is 'draft', which needs a draft_model; 'ngram' needs none")
         if config.speculate == "mtp":
             raise ValueError("speculate is 'mtp', which needs the MTP head (open_mtp) as the draft")
         return
@@ -103,7 +100,7 @@ def check_rounding(draft: Checkpoint, quantize: str | None) -> None:
     """Raises ValueError for a draft model that cannot be rounded while it is loaded."""
     if quantize is not None and is_eagle3(draft.config):
         raise ValueError(
-            f"draft_quantize (--draft-quantize) is {quantize!r}, but the draft model "
+            f"draft_quantize is {quantize!r}, but the draft model "
             f"{draft.folder.name} is an EAGLE-3 head, which is computed in 16 bits: leave it out"
         )
 

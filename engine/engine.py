@@ -422,6 +422,13 @@ class Engine:
         self._thread.stop()
         self._ranks.close()
 
+    def abandon(self) -> None:
+        """End requests in flight with EngineStoppedError now, and not after the step's computation.
+
+        :meth:`stop` then waits for the thread for a second at most.
+        """
+        self._thread.abandon()
+
     @property
     def vocab_size(self) -> int:
         """Rows of the logits; a tokenizer may know fewer tokens."""
@@ -558,6 +565,14 @@ class Engine:
         version = None if self._adapters is None else self._adapters.version(adapter)
         own = None if version is None else version.tokens
         return self.tokens if own is None else own
+
+    def before_serving_tokens(self, function: Callable[[Tokens], None]) -> None:
+        """Have ``function`` called with an adapter's own tokens before any request can have it.
+
+        That is on the thread that loads it.
+        """
+        if self._adapters is not None:
+            self._adapters.prepare = function
 
     def adapters(self) -> list[AdapterInfo]:
         """Every loaded adapter, by name; safe from any thread."""

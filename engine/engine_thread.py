@@ -111,7 +111,7 @@ class EngineThread(threading.Thread):
         self.stats: EngineStats = self._counters.snapshot(self._scheduler, 0)
         self.failure: str | None = None
         self._when_dead: Callable[[], None] = lambda: None
-        self._dead = False  # failed for good
+        self._dead = False  # failed for good, or abandoned
         self._stopping = False
         # Held while a request is queued and while a failure is recorded: otherwise a request
         # could be queued after the failure has ended all others, and never be answered.
@@ -130,6 +130,12 @@ class EngineThread(threading.Thread):
             self.join(_PATIENCE_SECONDS if self._dead else None)
         if self.adapters is not None:
             self.adapters.close()
+
+    def abandon(self) -> None:
+        """End requests in flight with EngineStoppedError, whatever is being computed."""
+        with self._entrance:
+            self._stopping = self._dead = True
+        self._fail_all(EngineStoppedError("the engine was stopped"))
 
     def when_dead(self, function: Callable[[], None]) -> None:
         """Call ``function``, on some thread, once the engine has failed for good."""
@@ -195,7 +201,8 @@ class EngineThread(threading.Thread):
                 self._serve()
                 failure = None
             except BaseException as error:  # of any kind, or callers would wait for ever
-                logger.exception("the engine thread failed")
+                if not self._dead:  # else it misses what was ended meanwhile
+                    logger.exception("the engine thread failed")
                 failure = describe(error)
             with self._entrance:
                 if self._dead:

@@ -33,14 +33,13 @@ def read_generation_config(folder: Path) -> dict[str, Any]:
 def sampling_defaults(settings: Mapping[str, Any]) -> dict[str, float]:
     """The sampling parameters the model's makers recommend, for requests that name none.
 
-    Without ``do_sample`` transformers ignores them, and so does this. Raises ValueError naming a
+    Without ``do_sample`` transformers does not use them, and neither does this. They are checked
+    all the same: someone meant them. Raises ValueError naming a
     setting of the wrong type or out of range.
     """
     samples = settings.get("do_sample")
     if samples is not None and not isinstance(samples, bool):
         raise ValueError(f"{_FILE}: do_sample is {samples!r}, expected true or false")
-    if not samples:
-        return {}
     found: dict[str, float] = {}
     for name in _SAMPLING:
         value = settings.get(name)
@@ -56,7 +55,7 @@ def sampling_defaults(settings: Mapping[str, Any]) -> dict[str, float]:
         SamplingParams(**found)  # type: ignore[arg-type]
     except ParameterError as error:
         raise ValueError(f"{_FILE}: {error}") from error
-    return found
+    return found if samples else {}
 
 
 def eos_token_ids(

@@ -248,23 +248,21 @@ class TensorParallel:
 
         return call
 
-    def gathered_head(
-        self, function: Callable[[Tensor], Tensor], vocab: int
-    ) -> Callable[[Tensor], Tensor]:
+    def gathered_head(self, function: Callable[P, Tensor], vocab: int) -> Callable[P, Tensor]:
         """:meth:`gathered` for outputs of which the last ranks may have fewer."""
         if self.size == 1:
             return function
         start, stop = self.share(vocab)
         missing = -(-vocab // self.size) - (stop - start)
 
-        def call(x: Tensor) -> Tensor:
-            own = function(x)
+        def call(*args: P.args, **kwargs: P.kwargs) -> Tensor:
+            own = function(*args, **kwargs)
             return self.gather(torch.nn.functional.pad(own, (0, missing)))[..., :vocab]
 
         return call
 
-    def broadcast(self, tensor: Tensor) -> None:
-        """Overwrite a contiguous tensor by rank 0's."""
+    def broadcast(self, tensor: Tensor) -> Tensor:
+        """Overwrite a contiguous tensor by rank 0's; the tensor."""
         here = tensor.cpu() if self.through_host else tensor
         try:
             torch.distributed.broadcast(here.view(torch.uint8), src=0)
@@ -272,6 +270,7 @@ class TensorParallel:
             raise PeerLostError(str(error)) from error
         if self.through_host:
             tensor.copy_(here)
+        return tensor
 
 
 ALONE = TensorParallel()

@@ -47,16 +47,24 @@ class PromptReader(Protocol):
     def logit_rows(self, tokens: int, start: int) -> int:
         """Of how many of so many positions, from the first, :meth:`read` wants logits.
 
-        It asks for those of :func:`logit_chunks`, as other ranks must know.
+        It asks for them by :func:`chunked_logits`, as all ranks do.
         """
         ...
 
 
-def logit_chunks(rows: int, vocab: int) -> Iterator[tuple[int, int]]:
-    """So many rows in pieces, the logits of which are in memory one piece at a time."""
+def chunked_logits(
+    decoder: Decoder, hidden: Tensor, ends: StepEnds | None
+) -> Iterator[tuple[int, Tensor]]:
+    """The logits of hidden states, of some rows at a time, each time with the first of them.
+
+    ends: what the rows' adapters change; None if nothing.
+    """
+    vocab = max(decoder.architecture.vocab, 0 if ends is None else ends.rows)
     step = max(1, _MAX_LOGITS_BYTES // (4 * vocab))
-    for first in range(0, rows, step):
-        yield first, min(first + step, rows)
+    for first in range(0, len(hidden), step):
+        rows = hidden[first : first + step]
+        own = None if ends is None else ends.of(torch.arange(first, first + len(rows)))
+        yield first, decoder.logits(rows, own)
 
 
 class LogprobReader:
@@ -85,9 +93,10 @@ class LogprobReader:
         targets = send(
             self._prompt[start + 1 : start + 1 + len(hidden)], torch.int64, hidden.device
         )
-        for first, last in logit_chunks(len(targets), vocab):
-            own = None if ends is None else ends.of(torch.arange(first, last))
-            logits = decoder.logits(hidden[first:last], own)
+        count = len(targets)
+        own = None if ends is None else ends.of(torch.arange(count))
+        for first, logits in chunked_logits(decoder, hidden[:count], own):
+            last = first + len(logits)
             self._write(slice(start + first, start + last), logits, targets[first:last])
 
     def logit_rows(self, tokens: int, start: int) -> int:

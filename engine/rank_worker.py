@@ -24,6 +24,7 @@ from typing import Any
 import torch
 import torch.distributed
 
+from nybble.engine.adapter_ends import EndTensors
 from nybble.engine.adapter_slots import AdapterSlots, StagedAdapter
 from nybble.engine.config import EngineConfig
 from nybble.engine.decoder import Decoder
@@ -141,6 +142,7 @@ class Rank:
                 device_bytes=config.adapters.device_bytes,
                 device=self._device,
                 dtype=config.dtype,
+                base=self._decoder.base,
                 group=self._group,
                 in_8_bits=config.adapters.dtype == "int8",
             )
@@ -166,13 +168,22 @@ class Rank:
         self._runner.follow(message)
 
     @torch.inference_mode()
-    def fill(self, slot: int, ranks: list[int]) -> None:
-        """Take an adapter, whose changes have these ranks, into a slot."""
+    def fill(self, slot: int, ranks: list[int], about: EndTensors | None) -> None:
+        """Take an adapter, whose changes have these ranks, into a slot.
+
+        about: its ends, without the tensors' values; None if it changes nothing there.
+        """
         assert self._adapters is not None
         layout = self._adapters.layout
         memory = torch.empty(layout.size(ranks), dtype=layout.dtype, device=self._device)
         self._group.broadcast(memory)
-        self._adapters.fill(slot, StagedAdapter(memory, tuple(ranks)))
+        ends = None
+        if about is not None:
+            whole = about.map(
+                lambda tensor: self._group.broadcast(torch.empty_like(tensor, device=self._device))
+            )
+            ends = self._adapters.own_ends(whole)
+        self._adapters.fill(slot, StagedAdapter(memory, tuple(ranks), ends=ends))
 
     def clear(self, slot: int) -> None:
         """Let go of the adapter in a slot."""

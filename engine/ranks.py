@@ -338,12 +338,16 @@ class LeadingSlots(AdapterSlots):
 
     def fill(self, slot: int, staged: StagedAdapter) -> None:
         try:
-            self._leading.tell("fill", slot, staged.ranks)
+            whole = None if staged.ends is None else staged.ends.whole
+            about = None if whole is None else whole.map(lambda tensor: tensor.to("meta"))
+            self._leading.tell("fill", slot, staged.ranks, about)
             memory = staged.memory.to(self.device, non_blocking=True)
             self._leading.group.broadcast(memory)
+            if whole is not None:
+                whole.map(self._leading.group.broadcast)
         except Exception as error:
             raise self._leading.cause(error) from error
-        super().fill(slot, StagedAdapter(memory, staged.ranks))
+        super().fill(slot, StagedAdapter(memory, staged.ranks, ends=staged.ends))
 
     def clear(self, slot: int) -> None:
         try:

@@ -24,7 +24,7 @@ from nybble.engine.graphs import (
 from nybble.engine.inputs import InputBuffers, StepInputs, StepItem, StepMessage
 from nybble.engine.kv_cache import KVCacheLayout
 from nybble.engine.parts import KVCache, States
-from nybble.engine.prompt_reader import logit_chunks
+from nybble.engine.prompt_reader import chunked_logits
 from nybble.engine.transfer import send
 from nybble.kernels.attention_batch import AttentionBatch
 from nybble.kernels.cpu.huge_pages import empty_in_huge_pages
@@ -162,12 +162,14 @@ class ModelRunner:
             shape = StepShape(message.padded_to, message.width)
             self._graphs.run(shape, self._adapter_use(inputs.lora is not None))
             return
-        hidden = self._forward(inputs, self._step_adapters(inputs))
+        adapters = self._step_adapters(inputs)
+        ends = None if adapters is None else adapters.ends
+        hidden = self._forward(inputs, adapters)
         for first, count in message.reads:
-            read = hidden[first : first + count]
-            for start, stop in logit_chunks(count, self.decoder.architecture.vocab):
-                self.decoder.logits(read[start:stop])
-        self._logits(hidden, inputs)
+            own = None if ends is None else ends.of(torch.arange(first, first + count))
+            for _ in chunked_logits(self.decoder, hidden[first : first + count], own):
+                pass
+        self._logits(hidden, inputs, ends)
 
     def _captured_shape(self, batch: Sequence[StepItem], use: AdapterUse) -> StepShape | None:
         """The graph that computes a step: one of decodes and of sequences that verify drafts."""

@@ -118,12 +118,23 @@ class MatrixChange:
         plain = self.low_rank is None or self.low_rank.is_low_rank
         return plain and self.whole is None and self.ids is None
 
-    def merged(self, weight: Tensor) -> Tensor:
-        """The changed matrix, float32."""
+    def merged(self, weight: Tensor, rows: int | None = None) -> Tensor:
+        """The changed matrix, float32.
+
+        rows: how many tokens it has then; None for as many as W.
+        """
         matrix = weight.float() if self.matrix is None else self.matrix.float()
+        matrix = resized(matrix, rows)
         if self.ids is not None and self.rows is not None:
             matrix = matrix.index_copy(0, self.ids, self.rows.float())
         return matrix if self.low_rank is None else self.low_rank.merged(matrix)
+
+
+def resized(matrix: Tensor, rows: int | None) -> Tensor:
+    """A matrix with so many rows, of which new ones are zero; None for as many as it has."""
+    if rows is None or rows == len(matrix):
+        return matrix
+    return torch.nn.functional.pad(matrix[:rows], (0, 0, 0, max(0, rows - len(matrix))))
 
 
 @dataclass(frozen=True)

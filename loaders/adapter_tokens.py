@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from tokenizers import AddedToken, Tokenizer
+from transformers import PreTrainedTokenizerBase
 
 from nybble.loaders.adapter_settings import TOKENIZER
 from nybble.loaders.errors import AdapterError
@@ -122,6 +123,21 @@ class ExtendedTokenizer:
 
     def _id(self, token: str | None) -> int | None:
         return None if token is None else self.backend_tokenizer.token_to_id(token)
+
+
+def add_own_tokens(tokenizer: PreTrainedTokenizerBase, own: OwnTokens) -> None:
+    """Add an adapter's tokens to a model's own tokenizer.
+
+    Raises AdapterError if a token would get another id than it has.
+    """
+    for number, token in own.added:
+        tokenizer.add_tokens([token])
+        if tokenizer.convert_tokens_to_ids(token.content) != number:
+            raise AdapterError(
+                f"{token.content!r} is token {number}, and cannot be added as that to the base "
+                "model's tokenizer"
+            )
+    tokenizer.add_special_tokens(dict(own.special))
 
 
 def read_own_tokens(folder: Path, base: TextTokenizer) -> OwnTokens | None:

@@ -42,8 +42,8 @@ def stored_draft(
         draft = open_mtp(model)
     elif quantize is not None:
         raise ValueError(
-            f"draft_quantize (--draft-quantize) is {quantize!r}, but neither a draft model nor "
-            "an MTP head is to draft: leave it out, or give a draft model (--draft-model)"
+            f"draft_quantize is {quantize!r}, but neither a draft model nor "
+            "an MTP head is to draft: leave it out, or give a draft_model"
         )
     check_speculation(model, draft, config)
     return draft

@@ -19,11 +19,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from nybble.kernels import DenseWeight, PackedWeight
 from nybble.kernels.progress import Progress, track
 from nybble.loaders import AdapterError, CheckpointError, LoRAAdapter, open_checkpoint
 from nybble.loaders.adapter import LoRAModule
+from nybble.loaders.adapter_changes import resized
+from nybble.loaders.adapter_settings import read_own_settings
+from nybble.loaders.adapter_tokens import add_own_tokens, read_own_tokens
 from nybble.loaders.checkpoint import FolderCheckpoint
 from nybble.loaders.experts import open_shards
 from nybble.loaders.formats import (
@@ -38,6 +42,7 @@ from nybble.loaders.formats import (
 )
 from nybble.loaders.model_config import config_to_write
 from nybble.loaders.shards import Shards
+from nybble.loaders.tokenizer import load_tokenizer
 from nybble.quantizers.layers import DecoderLayers, linear_layer
 from nybble.quantizers.on_grid import Compensation, Grid
 from nybble.quantizers.rtn import round_to_nearest
@@ -91,6 +96,7 @@ def merge_adapter(
     calibration: Tensor | None = None,
     device: torch.device | None = None,
     progress: Progress = True,
+    folder: Path | None = None,
 ) -> list[MergedLayer]:
     """Write ``source`` with ``adapter`` merged into it to ``target``, in a public layout.
 
@@ -101,19 +107,16 @@ def merge_adapter(
     calibration: token ids int64 ``(samples, length)`` on which the rounding error is minimized. If
         None, layers are rounded to the nearest with newly fitted scales.
     device: where calibration computes; the CPU if None.
+    folder: the adapter's. If its tokenizer has tokens that the source's does not have, and they
+        have rows, the source's is written with these and with the adapter's chat template. None to
+        leave the tokenizer as it is.
 
     Returns the cost of each layer the adapter changes. Raises CheckpointError if the source is
     in the packed form, its format can only be read, or a layer does not fit the format,
     FileExistsError if the target has content, ValueError if keep_16_bits has nothing to keep
-    4-bit, AdapterError if the adapter has a bias for a layer that has none, or a vocabulary of
-    another size.
+    4-bit, AdapterError if the adapter has a bias for a layer that has none, or tokens that the
+    source's tokenizer cannot have.
     """
-    if adapter.vocab is not None:
-        raise AdapterError(
-            f"the adapter has rows for {adapter.vocab} tokens, another number than the base: its "
-            "vocabulary cannot be merged; merge with peft's merge_and_unload, and save the "
-            "adapter's tokenizer beside the merged model"
-        )
     checkpoint = open_checkpoint(source)
     if not isinstance(checkpoint, FolderCheckpoint):
         raise CheckpointError(
@@ -133,13 +136,17 @@ def merge_adapter(
     merge = _Merge(checkpoint, shards, adapter, plan, keep_16_bits)
     merge.check()
     if merge.unties:
-        _untie(config)
+        _set_in_config(config, "tie_word_embeddings", False)
+    if adapter.vocab is not None:
+        _set_in_config(config, "vocab_size", adapter.vocab)
+    rows = adapter.vocab or architecture.vocab
+    tokenizer = None if folder is None else _own_tokenizer(source, folder, rows)
     calibrator = None
     if calibration is not None and plan.format is not None and not keep_16_bits:
         calibrator = _Calibrator(merge, calibration, device or torch.device("cpu"))
     report: list[MergedLayer] = []
     names = track(linears, "Merging", progress, unit="layers")
-    with FolderWriter(target, source, config) as writer:
+    with FolderWriter(target, source, config, tokenizer) as writer:
         for module in shards.modules:
             if module not in linears:
                 writer.add(merge.other(module))
@@ -191,7 +198,7 @@ class _Merge:
             )
         head = self.checkpoint.architecture.head
         stays = self.plan.format is not None and self.plan.same
-        changed = self.adapter.head is not None and head in self.shards.modules
+        changed = self._changes_end(head) and head in self.shards.modules
         if changed and stays and self._quantized(head):
             raise CheckpointError(
                 f"the adapter changes {head}, which {self.checkpoint.folder} has quantized: "
@@ -215,7 +222,15 @@ class _Merge:
             base = _dense(self.checkpoint.projection(self.shards, stored)).to(self.plan.dtype)
         else:
             base = self.shards.read(stored + ".weight")
-        return base if change is None else change.merged(base).to(base.dtype)
+        if change is None:
+            return resized(base, self.adapter.vocab)
+        return change.merged(base, self.adapter.vocab).to(base.dtype)
+
+    def _changes_end(self, module: str) -> bool:
+        """Whether the embedding or the output layer changes, be it in its number of rows."""
+        about, adapter = self.checkpoint.architecture, self.adapter
+        change = adapter.embedding if module == about.embedding else adapter.head
+        return change is not None or adapter.vocab is not None
 
     def changes(self, name: str) -> bool:
         return not self.plan.same or self._module(name) is not None
@@ -261,12 +276,12 @@ class _Merge:
     def other(self, module: str) -> Mapping[str, Tensor]:
         """The tensors of what is no projection: norms, embeddings, the output layer."""
         about = self.checkpoint.architecture
-        if module in (about.embedding, about.head):
-            change = self.adapter.embedding if module == about.embedding else self.adapter.head
-            if change is not None:
-                bias = module + ".bias"
-                stored = {bias: self.shards.read(bias)} if bias in self.shards else {}
-                return {module + ".weight": self.end(module)} | stored
+        if module in (about.embedding, about.head) and self._changes_end(module):
+            bias = module + ".bias"
+            stored = {}
+            if bias in self.shards:
+                stored[bias] = resized(self.shards.read(bias)[:, None], self.adapter.vocab)[:, 0]
+            return {module + ".weight": self.end(module)} | stored
         if self.plan.same or not self._quantized(module):
             return {n: self.tensor(n) for n in self._names(module)}
         weight = _dense(self.checkpoint.projection(self.shards, module))
@@ -380,11 +395,22 @@ class _Calibrator:
         return self._merge.tensor(name).to(stored)
 
 
-def _untie(config: dict[str, Any]) -> None:
-    """Record in config.json that the output layer is no longer the embedding."""
-    config["tie_word_embeddings"] = False
+def _set_in_config(config: dict[str, Any], name: str, value: object) -> None:
+    config[name] = value
     if isinstance(text := config.get("text_config"), dict):
-        text["tie_word_embeddings"] = False
+        text[name] = value
+
+
+def _own_tokenizer(source: Path, folder: Path, rows: int) -> PreTrainedTokenizerBase | None:
+    """The source's tokenizer with those of an adapter's tokens that have rows; None without any."""
+    tokenizer = load_tokenizer(source)
+    own = read_own_tokens(folder, tokenizer)
+    if own is None or not (own := own.below(rows)).added:
+        return None
+    add_own_tokens(tokenizer, own)
+    if (template := read_own_settings(folder).template) is not None:
+        tokenizer.chat_template = template
+    return tokenizer
 
 
 def _dense(weight: PackedWeight | DenseWeight) -> Tensor:

@@ -33,6 +33,7 @@ def merge_divergence(
     """Mean over tokens of KL(source with the adapter ‖ merged), in nats.
 
     token_ids: int64 ``(tokens,)``, read in windows of ``length``. One model is in memory at a time.
+    If the models have different vocabularies, of the tokens that both know.
     """
     device = device or torch.device("cpu")
     windows = list(torch.split(token_ids.to(device), length))
@@ -51,10 +52,10 @@ def merge_divergence(
     head, found = hidden_states(merged, None)
     total = 0.0
     for before, after in zip(expected, found, strict=True):
-        wanted = log_softmax(expected_head(before).float(), dim=-1)
-        total += float(
-            kl_div(log_softmax(head(after).float(), -1), wanted, reduction="sum", log_target=True)
-        )
+        pair = expected_head(before).float(), head(after).float()
+        both = min(logits.shape[-1] for logits in pair)
+        wanted, merged_to = (log_softmax(logits[:, :both], dim=-1) for logits in pair)
+        total += float(kl_div(merged_to, wanted, reduction="sum", log_target=True))
     return total / len(token_ids)
 
 
@@ -71,12 +72,12 @@ def _change_ends(model: PreTrainedModel, adapter: LoRAAdapter) -> None:
             weight, bias = head.weight, head.bias
         outputs, inputs = weight.shape
         dense = nn.Linear(inputs, outputs, bias=bias is not None, device="meta")
-        dense.weight = _frozen(adapter.head.merged(weight).to(before))
+        dense.weight = _frozen(adapter.head.merged(weight, adapter.vocab).to(before))
         if bias is not None:
             dense.bias = _frozen(bias)
         model.set_submodule("lm_head", dense)
     if adapter.embedding is not None:
-        embedding.weight = _frozen(adapter.embedding.merged(before).to(before))
+        embedding.weight = _frozen(adapter.embedding.merged(before, adapter.vocab).to(before))
     for name, tensor in adapter.norms.items():
         model.get_parameter(name).copy_(tensor)
 

@@ -30,6 +30,7 @@ from nybble.loaders import (
     resolve_model,
     save_packed,
 )
+from nybble.loaders.adapter import content_digest
 from nybble.model_name import DEMO
 from nybble.models import architecture_of
 from nybble.quantizers import InFlight, merge_adapter, quantize_checkpoint
@@ -93,9 +94,10 @@ def prepare_checkpoint(
         if quantize or head or adapter:
             raise ValueError(f"{folder} is packed already: give the model it was packed from")
         return source
-    lora = None
+    lora = own = None
     if adapter is not None:
-        lora = load_adapter(resolve_adapter(adapter), architecture_of(source.config))
+        own = resolve_adapter(adapter)
+        lora = load_adapter(own, architecture_of(source.config))
     demo = _is_demo(name, source, quantize)
     if demo:
         head = "int8"
@@ -103,14 +105,15 @@ def prepare_checkpoint(
         return source
     layout = preferred_layout(device)
     recipe = _recipe("demo" if demo else quantize, head)
-    if lora is not None:
+    if own is not None:
         rounding = "" if source.format == "none" else ", calibrated"
-        recipe += f", adapter={lora.digest.hex()}{rounding}"
+        recipe += f", adapter={content_digest(own)}{rounding}"
     origin = Origin(folder.resolve(), layout, recipe)
     with reserved(origin) as (packed, missing), ExitStack() as stack:
         if missing:
-            if lora is not None:
-                merged = _merged(folder, lora, packed, device, progress, source.format != "none")
+            if lora is not None and own is not None:
+                calibrated = source.format != "none"
+                merged = _merged(folder, lora, own, packed, device, progress, calibrated)
                 folder = stack.enter_context(merged)
                 source = open_checkpoint(folder)
             if demo:
@@ -142,6 +145,7 @@ def _recipe(layers: str | None, head: str | None) -> str:
 def _merged(
     folder: Path,
     lora: LoRAAdapter,
+    own: Path,
     packed: Path,
     device: torch.device,
     progress: Progress,
@@ -160,6 +164,7 @@ def _merged(
             calibration=calibration,
             device=device,
             progress=progress,
+            folder=own,
         )
         logger.info(
             "merged %d layers; rounding them moved them %.2g times as far as the adapter does",

@@ -10,7 +10,10 @@ from types import TracebackType
 from typing import Any
 
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
+from nybble.loaders.adapter_settings import TEMPLATE, TOKENIZER
+from nybble.loaders.adapter_tokens import TOKEN_FILES
 from nybble.loaders.model_files import copy_side_files
 from nybble.loaders.safetensors_file import write_safetensors
 
@@ -20,11 +23,20 @@ _SHARD_BYTES = 1 << 30
 class FolderWriter:
     """A context manager: ``target`` appears only if the ``with`` block raises nothing."""
 
-    def __init__(self, target: Path, source: Path, config: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        target: Path,
+        source: Path,
+        config: Mapping[str, Any],
+        tokenizer: PreTrainedTokenizerBase | None = None,
+    ) -> None:
         """``config`` becomes config.json; tokenizer and the like are copied from ``source``.
+
+        tokenizer: instead of the source's.
 
         Raises FileExistsError if the target has content.
         """
+        self._tokenizer = tokenizer
         if target.exists() and any(target.iterdir()):
             raise FileExistsError(f"{target} is not empty")
         self._target, self._source, self._config = target, source, config
@@ -69,6 +81,10 @@ class FolderWriter:
             index = {"metadata": {}, "weight_map": self._weight_map}
             (self._scratch / "model.safetensors.index.json").write_text(json.dumps(index))
         copy_side_files(self._source, self._scratch)
+        if self._tokenizer is not None:
+            for name in (*TOKEN_FILES, TOKENIZER, TEMPLATE):
+                (self._scratch / name).unlink(missing_ok=True)
+            self._tokenizer.save_pretrained(self._scratch)
         (self._scratch / "config.json").write_text(json.dumps(self._config, indent=2))
         shutil.rmtree(self._target, ignore_errors=True)
         self._scratch.rename(self._target)

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = [
     *(ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md")),
-    *(ROOT / name / "README.md" for name in ("kernels", "server/api")),
+    ROOT / "kernels" / "README.md",
     *sorted(DOCS.glob("*.md")),
 ]
 # From above to below, with what heads their part of the table.

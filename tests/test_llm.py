@@ -284,6 +284,11 @@ def test_messages_that_cannot_be_rendered_are_refused(llm: LLM) -> None:
 def test_an_adapter_that_cannot_be_had_is_named(
     llm: LLM, tiny_model: Callable[..., Path], tiny_adapter: Callable[..., Path]
 ) -> None:
+    wide = tiny_adapter(r=16)
+    with pytest.raises(AdapterError, match=r"up to rank 8: raise max_lora_rank$"):
+        llm.generate("x", adapter=wide)
+    with pytest.raises(ValueError, match=r"^max_lora_rank is 0, expected at least 1$"):
+        LLM("demo", enable_lora=True, max_lora_rank=0)
     with pytest.raises(AdapterError, match="no-such-adapter"):
         llm.generate([[5]], GREEDY, adapter="no-such-adapter")
     with (
@@ -465,13 +470,13 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
             {"speculate": "maybe"},
             "speculate is 'maybe', expected one of off, ngram, draft, mtp, auto",
         ),
-        ({"kv_cache_dtype": "int4"}, "kv_dtype is 'int4', expected one of auto, int8, fp8"),
+        ({"kv_cache_dtype": "int4"}, "kv_cache_dtype is 'int4', expected one of auto, int8, fp8"),
         ({"dtype": "float8"}, "dtype is 'float8', expected one of auto, bfloat16"),
         ({"quantize": "awq"}, "quantize is 'awq', expected one of None, nf4"),
         ({"tensor_parallel_size": "2"}, "tensor_parallel_size is '2', expected a whole number"),
         ({"max_num_seqs": "4"}, "max_num_seqs is '4', expected a whole number"),
         ({"max_model_len": 0}, "max_model_len is 0, expected at least 1"),
-        ({"enable_lora": True, "max_loras": "8"}, "slots is '8', expected a whole number"),
+        ({"enable_lora": True, "max_loras": "8"}, "max_loras is '8', expected a whole number"),
     ],
 )
 def test_options_with_wrong_values_are_named_before_a_model_is_read(

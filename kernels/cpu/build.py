@@ -20,8 +20,11 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from filelock import FileLock
+
 logger = logging.getLogger(__name__)
 
+_LOCK = "build.lock"
 _FLAGS = (
     *("-O3", "-std=c++17", "-shared", "-fPIC", "-pthread"),
     # Without this GCC may split one loop's additions differently from another's and a row's result
@@ -243,10 +246,22 @@ def build(target: Target, *, compiler: str | None = None, cache: Path | None = N
         raise CpuKernelsUnavailableError(f"no C++ compiler: {compiler} is not on the PATH")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            output = Path(scratch) / "kernels.so"
-            _compile(found, target.flags, sources, output)
-            os.replace(output, library)  # atomic, even if other processes build it too
+        # One process builds, and those that start at the same time wait for it.
+        with FileLock(folder / _LOCK):
+            for left in folder.glob(f"{tempfile.gettempprefix()}*"):  # by a process that was killed
+                shutil.rmtree(left, ignore_errors=True)
+            if library.is_file():
+                return library
+            logger.info(
+                "compiling the kernels of %s for this CPU: once for this machine, later starts "
+                "find them in %s",
+                target.name,
+                folder,
+            )
+            with tempfile.TemporaryDirectory(dir=folder) as scratch:
+                output = Path(scratch) / "kernels.so"
+                _compile(found, target.flags, sources, output)
+                os.replace(output, library)  # complete or not at all
     except OSError as error:
         raise CpuKernelsUnavailableError(
             f"{folder} cannot be written ({error.strerror}): set XDG_CACHE_HOME to one that can"

@@ -25,6 +25,7 @@ from nybble.server.adapters.archive import CONFIG as ADAPTER_CONFIG
 from nybble.server.adapters.archive import WEIGHTS as ADAPTER_WEIGHTS
 from nybble.server.adapters.archive import ArchiveError
 from nybble.server.adapters.form import AdapterForm, read_adapter_form
+from nybble.server.adapters.names import require_name
 from nybble.server.adapters.resolver import AdapterResolver
 from nybble.server.adapters.state import AdapterState
 from nybble.server.adapters.uploads import AdapterUploads
@@ -37,6 +38,7 @@ from nybble.server.api.schema import (
     UnloadAdapterRequest,
 )
 from nybble.server.http.errors import ApiError
+from nybble.server.lifecycle.flag_names import in_flags
 from nybble.server.tenancy.keys import Keys
 
 logger = logging.getLogger(__name__)
@@ -221,7 +223,7 @@ class AdapterAdmin:
     async def delete(self, request: web.Request) -> web.Response:
         """Unload an adapter if it is loaded, and remove its files if they were uploaded."""
         self._require_admin(request)
-        name, uploads = request.match_info["name"], self._uploads
+        name, uploads = _name(request), self._uploads
         expected = request.query.get("expected_version")
         self._require_own("expected_version", expected)
         if await self._withdrawn(name, delete=True):
@@ -240,14 +242,14 @@ class AdapterAdmin:
         """Pin an adapter, or no longer."""
         self._require_admin(request)
         body = await read_body(request, ChangeAdapterRequest)
-        name = self._find(request.match_info["name"]).name
+        name = self._find(_name(request)).name
         info = self._engine.pin_adapter(name, body.pinned, expected=body.expected_version)
         return json_response(_body(info))
 
     async def prefetch(self, request: web.Request) -> web.Response:
         """Have an adapter read into memory before requests come for it. Does not wait for that."""
         self._require_admin(request)
-        name = request.match_info["name"]
+        name = _name(request)
         if self._resolver is not None:
             await self._resolver.obtain(name)
         return json_response(_body(self._engine.prefetch_adapter(self._find(name).name)))
@@ -255,7 +257,7 @@ class AdapterAdmin:
     async def versions(self, request: web.Request) -> web.Response:
         """What a name has stood for since the start, the newest first."""
         self._require_admin(request)
-        name = request.match_info["name"]
+        name = _name(request)
         found, current = self._versions(name), self._engine.adapter(name)
         data = [
             {
@@ -277,7 +279,7 @@ class AdapterAdmin:
         if request.can_read_body:
             body = await read_body(request, RollBackRequest)
         self._require_own(None, "a rollback")
-        info = await asyncio.to_thread(self._roll_back, request.match_info["name"], body)
+        info = await asyncio.to_thread(self._roll_back, _name(request), body)
         return json_response(_body(info))
 
     def _roll_back(self, name: str, body: RollBackRequest) -> AdapterInfo:
@@ -346,7 +348,7 @@ class AdapterAdmin:
 
     async def get(self, request: web.Request) -> web.Response:
         self._require_admin(request)
-        return json_response(_body(self._find(request.match_info["name"])))
+        return json_response(_body(self._find(_name(request))))
 
     def _require_own(self, param: str | None, given: object) -> None:
         """Raises ApiError 400 for what changes this server alone, if it shares its adapters."""
@@ -400,6 +402,14 @@ class AdapterAdmin:
         return ApiError(403, "this server was started without --lora-root", code="admin_disabled")
 
 
+def _name(request: web.Request) -> str:
+    """The name in the path. Raises ApiError 400 if no adapter may have it."""
+    try:
+        return require_name(request.match_info["name"])
+    except ValueError as error:
+        raise ApiError(400, str(error), param="lora_name", code="invalid_value") from None
+
+
 @contextmanager
 def _temporary_folder() -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="nybble-upload-") as folder:
@@ -422,10 +432,10 @@ def restore(
         if name in models or engine.adapter(name) is not None:
             continue  # the command line takes precedence
         try:
-            engine.load_adapter(name, str(_allowed(path, allowed)))
+            engine.load_adapter(require_name(name), str(_allowed(path, allowed)))
             logger.info("adapter %s is loaded again", name)
-        except (ApiError, AdapterError, OSError) as error:
-            logger.error("adapter %s cannot be loaded again: %s", name, error)
+        except (ApiError, AdapterError, ValueError, OSError) as error:
+            logger.error("adapter %s cannot be loaded again: %s", name, in_flags(error))
 
 
 def restore_mixtures(engine: Engine, models: Sequence[str], state: Path | None) -> None:
@@ -441,13 +451,13 @@ def restore_mixtures(engine: Engine, models: Sequence[str], state: Path | None) 
         failed: dict[str, Exception] = {}
         for name, weights in left.items():
             try:
-                engine.load_mixture(name, AdapterMixture(weights))
+                engine.load_mixture(require_name(name), AdapterMixture(weights))
                 logger.info("adapter %s is mixed again", name)
-            except (AdapterError, ParameterError, OSError) as error:
+            except (AdapterError, ParameterError, ValueError, OSError) as error:
                 failed[name] = error
         if len(failed) == len(left):
             for name, reason in failed.items():
-                logger.error("adapter %s cannot be mixed again: %s", name, reason)
+                logger.error("adapter %s cannot be mixed again: %s", name, in_flags(reason))
             return
         left = {name: left[name] for name in failed}
 
@@ -464,7 +474,7 @@ def restore_uploads(engine: Engine, models: Sequence[str], roots: Sequence[Path]
         try:
             engine.load_adapter(name, str(folder))
         except (AdapterError, OSError) as error:
-            logger.error("uploaded adapter %s cannot be loaded: %s", name, error)
+            logger.error("uploaded adapter %s cannot be loaded: %s", name, in_flags(error))
 
 
 def _allowed(path: str, roots: Sequence[Path]) -> Path:

@@ -16,7 +16,7 @@ from nybble.server.adapters.archive import (
     ArchiveError,
     extract_adapter,
 )
-from nybble.server.adapters.uploads import NAME
+from nybble.server.adapters.names import require_name
 from nybble.server.http import form_parts
 from nybble.server.http.errors import ApiError
 
@@ -60,13 +60,10 @@ def _checked(fields: dict[str, str]) -> AdapterForm:
     if name is None:
         message = "missing required parameter: lora_name"
         raise ApiError(400, message, param="lora_name", code="missing_required_parameter")
-    if not NAME.fullmatch(name):
-        raise ApiError(
-            400,
-            f"lora_name is {name!r}, expected letters, digits, '.', '_' and '-', at most 128",
-            param="lora_name",
-            code="invalid_value",
-        )
+    try:
+        require_name(name)
+    except ValueError as error:
+        raise ApiError(400, str(error), param="lora_name", code="invalid_value") from None
     inplace = fields.get("load_inplace", "false").lower()
     if inplace not in ("true", "false"):
         raise ApiError(

@@ -26,14 +26,12 @@ from fsspec.implementations.local import LocalFileSystem
 
 from nybble.loaders.adapter import OWN_FILES, content_digest, own_files
 from nybble.server.adapters.archive import CONFIG, MAX_BYTES, WEIGHTS, ArchiveError, copy_bounded
+from nybble.server.adapters.names import is_name
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-_PART = r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}"
-# One slash, for the hub's org/name. No part can be ".." or a hidden file.
-NAME = re.compile(rf"{_PART}(/{_PART})?")
 _DIGEST = re.compile(r"[0-9a-f]{8,128}")
 _POINTER = "current.json"
 # The hub's file system raises the last for a path that can be no repository.
@@ -178,7 +176,7 @@ class AdapterSource(Place):
                 raise ValueError(f"--lora-source {rule!r}: there is no folder {folder}")
 
     def covers(self, name: str) -> bool:
-        return NAME.fullmatch(name) is not None and fnmatchcase(name, self._names)
+        return is_name(name) and fnmatchcase(name, self._names)
 
     def find(self, name: str) -> Found | None:
         folder = self.path.replace("{name}", name)
@@ -195,7 +193,7 @@ class AdapterRegistry(Place):
     """Versions which servers publish, each under the digest of its content."""
 
     def covers(self, name: str) -> bool:
-        return NAME.fullmatch(name) is not None
+        return is_name(name)
 
     def find(self, name: str) -> Found | None:
         pointer = f"{self.path}/{name}/{_POINTER}"
@@ -249,7 +247,23 @@ class AdapterRegistry(Place):
     def delete(self, name: str) -> None:
         """Remove every version of this name. Raises PlaceError."""
         self.withdraw(name)
-        self._remove(f"{self.path}/{name}", recursive=True)
+        folder = f"{self.path}/{name}"
+        for version in asked(self.url, lambda: self._versions(folder)):
+            self._remove(version, recursive=True)
+        if isinstance(self.files, LocalFileSystem):
+            with suppress(OSError):  # other names begin with this one
+                Path(folder).rmdir()
+
+    def _versions(self, folder: str) -> list[str]:
+        """Paths of the versions in a name's folder, where those of ``NAME/OTHER`` are too."""
+        self.files.invalidate_cache()
+        try:
+            found = self.files.ls(folder, detail=False)
+        except FileNotFoundError:
+            return []
+        digests = (path.rstrip("/") for path in found)
+        digests = (path for path in digests if _DIGEST.fullmatch(path.rpartition("/")[2]))
+        return [path for path in digests if self.files.exists(f"{path}/{CONFIG}")]
 
     def _remove(self, path: str, *, recursive: bool) -> None:
         def remove() -> None:

@@ -27,9 +27,11 @@ from nybble.engine import AdapterError, AdapterInfo, Engine, ParameterError
 from nybble.loaders.adapter import content_digest, own_files
 from nybble.server.adapters.archive import CONFIG, WEIGHTS
 from nybble.server.adapters.disk_cache import AdapterDiskCache, CacheFullError
-from nybble.server.adapters.places import NAME, AdapterRegistry, Found, Place, PlaceError
+from nybble.server.adapters.names import is_name
+from nybble.server.adapters.places import AdapterRegistry, Found, Place, PlaceError
 from nybble.server.http import retry_after
 from nybble.server.http.errors import ApiError
+from nybble.server.lifecycle.flag_names import in_flags
 from nybble.server.observability.exposition import CounterSeries, Family, counter
 
 logger = logging.getLogger(__name__)
@@ -257,11 +259,13 @@ class AdapterResolver:
             await loop.run_in_executor(self._fetchers, self._install, found, None)
         except (AdapterError, ParameterError) as error:
             if not isinstance(error, ParameterError):
-                logger.error("adapter %s of %s cannot be served: %s", name, found.folder, error)
-            self._broken[name] = (found.revision, str(error))
+                logger.error(
+                    "adapter %s of %s cannot be served: %s", name, found.folder, in_flags(error)
+                )
+            self._broken[name] = (found.revision, in_flags(error))
             while len(self._broken) > _MOST_ABSENT:
                 self._broken.popitem(last=False)
-            return self._not_served(name, held, str(error))
+            return self._not_served(name, held, in_flags(error))
         except FileNotFoundError:  # removed meanwhile
             self._remember_absent(name)
             return False
@@ -314,11 +318,6 @@ class AdapterResolver:
         """
         registry = self.registry
         assert registry is not None
-        if not NAME.fullmatch(name):
-            raise AdapterError(
-                f"adapter name {name!r}: expected letters, digits, '.', '_' and '-', at most 128, "
-                "with at most one slash"
-            )
         with _told():
             if not replace and registry.find(name) is not None:
                 raise AdapterError(
@@ -353,7 +352,7 @@ class AdapterResolver:
                     param="lora_name",
                     code="not_in_registry",
                 )
-            if registry is None or not NAME.fullmatch(name):
+            if registry is None or not is_name(name):
                 return False
             if held is None and registry.find(name) is None:
                 return False

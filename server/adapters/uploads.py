@@ -1,5 +1,7 @@
 """Uploaded adapters on disk: ``FOLDER/NAME/VERSION/``, the greatest version being the current one.
 
+A slash in a name is ``%2F`` in that of its folder.
+
 A version appears complete, by renaming, or not at all. A replaced or deleted version is first
 marked and removed later, because requests that have begun may still have to read it. An unloaded
 version is marked and kept: no start loads it until it is loaded by its path or replaced.
@@ -9,18 +11,19 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import shutil
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from urllib.parse import quote, unquote
 from uuid import uuid4
+
+from nybble.server.adapters.names import is_name
 
 logger = logging.getLogger(__name__)
 
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _RETIRED = ".retired"
 _UNLOADED = ".unloaded"
 _PARTIAL = ".partial-"
@@ -43,7 +46,7 @@ class AdapterUploads:
             for left in self._folder.glob(_PARTIAL + "*"):
                 shutil.rmtree(left, ignore_errors=True)
             self._remove_retired(older_than=0)
-            names = sorted(p.name for p in self._folder.iterdir() if NAME.fullmatch(p.name))
+            names = sorted(n for p in self._folder.iterdir() if is_name(n := unquote(p.name)))
             current = {name: found[-1] for name in names if (found := self._versions(name))}
             return {n: path for n, path in current.items() if not (path / _UNLOADED).exists()}
 
@@ -84,7 +87,7 @@ class AdapterUploads:
             with path.open("rb") as file:
                 os.fsync(file.fileno())
         with self._lock:
-            versions = self._folder / name
+            versions = self._named(name)
             versions.mkdir(exist_ok=True)
             version = versions / f"{time.time_ns():020}"
             scratch.rename(version)
@@ -111,11 +114,14 @@ class AdapterUploads:
             self._remove_retired(older_than=_KEEP_SECONDS)
 
     def _versions(self, name: str) -> list[Path]:
-        if not NAME.fullmatch(name):
+        if not is_name(name):
             return []
-        folder = self._folder / name
+        folder = self._named(name)
         found = folder.iterdir() if folder.is_dir() else ()
         return sorted(version for version in found if not (version / _RETIRED).exists())
+
+    def _named(self, name: str) -> Path:
+        return self._folder / quote(name, safe=":")
 
     def _remove_retired(self, older_than: float) -> None:
         for mark in list(self._folder.glob(f"*/*/{_RETIRED}")):

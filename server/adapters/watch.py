@@ -7,6 +7,8 @@ import logging
 from pathlib import Path
 
 from nybble.engine import AdapterError, Engine, ParameterError
+from nybble.server.adapters.names import require_name
+from nybble.server.lifecycle.flag_names import in_flags
 
 logger = logging.getLogger(__name__)
 
@@ -59,10 +61,11 @@ class AdapterWatch:
             self._fail(name, signature, "the base model has that name")
             return
         try:
+            require_name(name)
             replace = name in self._loaded
             self._engine.load_adapter(name, str(self._folder / name), replace=replace)
-        except (AdapterError, OSError) as error:
-            self._fail(name, signature, str(error))
+        except (AdapterError, ValueError, OSError) as error:
+            self._fail(name, signature, in_flags(error))
         except Exception as error:  # one bad folder must not end the watch
             logger.exception("loading adapter %s failed", name)
             self._fail(name, signature, repr(error))

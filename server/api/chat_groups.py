@@ -13,6 +13,7 @@ from nybble.server.api.compile_pool import CompilePool
 from nybble.server.api.generation import SequenceGroup
 from nybble.server.api.guiding import guide_of
 from nybble.server.api.output.dialect import Dialects
+from nybble.server.api.prompts import OwnTemplates
 from nybble.server.api.schema import NO_LIMIT
 from nybble.server.api.texts import Texts
 from nybble.server.api.tools import tools_of
@@ -96,7 +97,7 @@ class ChatGroups:
         self, body: ChatRequest, adapter: str | None
     ) -> tuple[tuple[int, ...], AnswerForm]:
         """The token ids of a chat's prompt, and how it is answered."""
-        own, text = self._engine.chat_templates_of(adapter), self._texts.of(adapter)
+        own, text = OwnTemplates.of(adapter, self._engine), self._texts.of(adapter)
         dialect = self._dialects.of(text.prompts.template(body, own, tools=bool(body.tools)))
         tools = tools_of(body, dialect, text.markers, body.model)
         prompt = await text.prompts.chat(

@@ -34,6 +34,8 @@ BODIES: dict[str, type[Body]] = {
 _STREAMED = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages")
 _BY_NAME = {
     "/v1/models/{model}": ("get",),
+    "/v1/requests/{id}": ("delete",),
+    "/v1/requests/{id}/cancel": ("post",),
     "/v1/responses/{id}": ("get", "delete"),
     "/v1/responses/{id}/input_items": ("get",),
     "/v1/responses/{id}/cancel": ("post",),

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any, TypeVar
 
+from nybble.engine import Engine
 from nybble.engine.conversation import (
     PROBE,
     ChatEncoder,
@@ -54,7 +55,18 @@ class ChatPrompt:
     text: str
 
 
-Templates = str | Mapping[str, str] | None  # one, or several by name
+@dataclass(frozen=True)
+class OwnTemplates:
+    """The chat template of an adapter, or several by name, in place of the model's."""
+
+    adapter: str
+    templates: str | Mapping[str, str]
+
+    @classmethod
+    def of(cls, adapter: str | None, engine: Engine) -> OwnTemplates | None:
+        """None if requests to it are rendered in the model's."""
+        found = engine.chat_templates_of(adapter)
+        return None if adapter is None or found is None else cls(adapter, found)
 
 
 class Prompts:
@@ -217,7 +229,7 @@ class Prompts:
         self,
         messages: Sequence[Message],
         options: TemplateOptions,
-        own: Templates = None,
+        own: OwnTemplates | None = None,
         *,
         tools: Sequence[dict[str, Any]] | None = None,
         any_length: bool = False,
@@ -227,7 +239,7 @@ class Prompts:
     ) -> ChatPrompt:
         """A conversation in the model's chat template, up to the assistant's turn.
 
-        own: the templates of the request's adapter, instead of the model's; None without any.
+        own: those of the request's adapter, instead of the model's.
         tools_in_system: whether the template reads the tools from the system's message.
         short_ids: whether the template takes only short ids of calls.
         parse_special: whether the text of a special token in a message becomes that token (see
@@ -243,6 +255,7 @@ class Prompts:
         and ApiError 500 if the template takes too much time or memory, 400 if it is the request's.
         """
         template = self.template(options, own, tools=bool(tools))
+        whose = "the request" if options.chat_template is not None else self._whose(own)
         if len(messages) > self._max_model_len:  # a message has at least one token
             raise self._too_long(f"{len(messages)} messages")
         turns = [turn_of(message.model_dump(exclude_none=True)) for message in messages]
@@ -254,14 +267,13 @@ class Prompts:
             turns = self._chat_encoder.shielded(turns, template)
         variables = {**self._tokenizer.special_tokens_map, **_variables(options, template)}
         try:
-            text = await self._rendered(template, turns, tools, variables)
+            text = await self._rendered(template, turns, tools, variables, whose)
         except TemplateFailedError as error:
             # A template which the request brought is the client's fault.
             brought = options.chat_template is not None
             raise ApiError(
                 400 if brought else 500,
-                f"the chat template of {'the request' if brought else repr(self._model)} cannot be "
-                f"used: {error}",
+                f"the chat template of {whose} cannot be used: {error}",
                 param="chat_template" if brought else None,
                 code="chat_template_failed",
             ) from None
@@ -279,11 +291,13 @@ class Prompts:
 
         return ChatPrompt(await self._off_loop(len(text), work), text)
 
-    def template(self, options: TemplateOptions, own: Templates = None, *, tools: bool) -> str:
+    def template(
+        self, options: TemplateOptions, own: OwnTemplates | None = None, *, tools: bool
+    ) -> str:
         """The chat template of a request with or without tools. Raises ApiError 400 as
         :meth:`chat` does."""
         if options.chat_template is None:
-            return self._template(own or self._tokenizer.chat_template, tools=tools)
+            return self._template(own, tools=tools)
         if not self._trust_chat_templates:
             raise ApiError(
                 400,
@@ -293,13 +307,18 @@ class Prompts:
             )
         return options.chat_template
 
-    def _template(self, templates: Templates, *, tools: bool) -> str:
+    def _whose(self, own: OwnTemplates | None) -> str:
+        """Whose chat template it is, for errors."""
+        return repr(self._model) if own is None else f"adapter {own.adapter!r}"
+
+    def _template(self, own: OwnTemplates | None, *, tools: bool) -> str:
+        templates = self._tokenizer.chat_template if own is None else own.templates
         try:
             template = chosen_template(templates, tools=tools)
         except ValueError as error:
             raise ApiError(
                 400,
-                f"the chat templates of {self._model!r} cannot be used: {error}",
+                f"the chat templates of {self._whose(own)} cannot be used: {error}",
                 param="messages",
                 code="no_chat_template",
             ) from None
@@ -319,6 +338,7 @@ class Prompts:
         turns: Sequence[Turn],
         tools: Sequence[dict[str, Any]] | None,
         variables: dict[str, Any],
+        whose: str,
     ) -> str:
         """The turns as text, with their content in the form which the template reads."""
         refusal: ApiError | None = None
@@ -329,14 +349,15 @@ class Prompts:
             try:
                 text = await self._render(template, shown, tools, variables)
             except TemplateRefusedError as error:
-                refusal = refusal or self._refused(str(error))
+                refusal = refusal or _refused(whose, str(error))
                 continue
             missing = await self._off_loop(len(text), partial(left_out, turns, text))
             if missing is None:
                 return text
             role = turns[missing]["role"]
-            refusal = refusal or self._refused(
-                f"the text of message {missing} (of role {role}) is not in the prompt it makes"
+            refusal = refusal or _refused(
+                whose,
+                f"the text of message {missing} (of role {role}) is not in the prompt it makes",
             )
         assert refusal is not None
         raise refusal
@@ -376,14 +397,6 @@ class Prompts:
                 refusal = refusal or error
         assert refusal is not None
         raise refusal
-
-    def _refused(self, reason: str) -> ApiError:
-        return ApiError(
-            400,
-            f"the chat template of {self._model!r} refuses these messages: {reason}",
-            param="messages",
-            code="invalid_value",
-        )
 
     def _require_room(self, text: str) -> None:
         if len(text) > self._max_characters:
@@ -466,6 +479,15 @@ class Prompts:
         if length <= _LONG_TEXT:
             return function()
         return await asyncio.get_running_loop().run_in_executor(self._pool, function)
+
+
+def _refused(whose: str, reason: str) -> ApiError:
+    return ApiError(
+        400,
+        f"the chat template of {whose} refuses these messages: {reason}",
+        param="messages",
+        code="invalid_value",
+    )
 
 
 def _require_size(param: str, found: int, most: int, unit: str) -> None:

@@ -25,7 +25,7 @@ from nybble.server.api.openapi import openapi_document
 from nybble.server.api.output.dialect import Dialects
 from nybble.server.api.parameter_names import parameters_called
 from nybble.server.api.parse import read_body, read_object
-from nybble.server.api.prompts import Prompts
+from nybble.server.api.prompts import OwnTemplates, Prompts
 from nybble.server.api.respond import json_response, respond, respond_whole
 from nybble.server.api.response_store import ResponseStore
 from nybble.server.api.responses_routes import ResponsesApi
@@ -116,6 +116,8 @@ class Api:
             web.post("/ping", self.health),
             web.post("/invocations", self.invocations),
             web.post("/abort_request", self.abort),
+            web.post("/v1/requests/{id}/cancel", self.cancel),
+            web.delete("/v1/requests/{id}", self.cancel),
             web.get("/metrics", self.metrics),
             web.get("/version", self.version),
             web.get("/openapi.json", self.openapi),
@@ -215,13 +217,20 @@ class Api:
     async def abort(self, request: web.Request) -> web.Response:
         """SGLang's way to cancel a request, by its X-Request-Id or the id of its answer."""
         body = await read_body(request, AbortRequest)
+        return self._cancel(request, body.rid, "rid")
+
+    async def cancel(self, request: web.Request) -> web.Response:
+        """The same, with the id in the path."""
+        return self._cancel(request, request.match_info["id"], "id")
+
+    def _cancel(self, request: web.Request, id: str, param: str) -> web.Response:
         tenant = request.get(TENANT)
-        count = request.app[RUNNING].cancel(body.rid, "" if tenant is None else tenant.name)
+        count = request.app[RUNNING].cancel(id, "" if tenant is None else tenant.name)
         if not count:
             raise ApiError(
                 404,
-                f"no request in progress has the id {body.rid!r}",
-                param="rid",
+                f"no request in progress has the id {id!r}",
+                param=param,
                 code="request_not_found",
             )
         return json_response({"cancelled": count})
@@ -252,7 +261,7 @@ class Api:
         adapter = None
         if body.model is not None:
             adapter = await self._names.adapter(body.model, None, Call.of(request))
-        own, prompts = self._engine.chat_templates_of(adapter), self._texts.of(adapter).prompts
+        own, prompts = OwnTemplates.of(adapter, self._engine), self._texts.of(adapter).prompts
         if body.messages is not None:
             tools = [tool.model_dump(exclude_none=True) for tool in body.tools or ()] or None
             tokens = (await prompts.chat(body.messages, body, own, tools=tools)).token_ids

@@ -10,10 +10,11 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from nybble.engine import MAX_MIXED_ADAPTERS, SamplingParams
+from nybble.server.adapters.names import require_name
 from nybble.server.api import foreign
 from nybble.server.api.body import Body, JsonObject
 from nybble.server.api.format_schema import Choices, ResponseFormat, StructuredOutputs
@@ -37,7 +38,17 @@ Priority = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 Salt = Annotated[str, Field(max_length=_MAX_SALT)]
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 Timeout = Annotated[float, Field(gt=0)]
-_AdapterName = Annotated[str, Field(max_length=_MAX_ADAPTER_NAME)]
+_AdapterName = Annotated[str, Field(max_length=_MAX_ADAPTER_NAME)]  # in a request to it
+
+
+def _named(name: str) -> str:
+    try:
+        return require_name(name)
+    except ValueError as error:
+        raise PydanticCustomError("invalid_value", "{text}", {"text": str(error)}) from None
+
+
+_GivenName = Annotated[str, AfterValidator(_named)]  # that an administrator gives
 Mixture = Annotated[
     dict[_AdapterName, Annotated[float, Field(allow_inf_nan=False)]],
     Field(min_length=1, max_length=MAX_MIXED_ADAPTERS),
@@ -406,7 +417,7 @@ class LoadAdapterRequest(Body):
     expected_version: the version to replace; nothing is done if it is another by now.
     """
 
-    lora_name: Annotated[str, Field(min_length=1, max_length=_MAX_ADAPTER_NAME)]
+    lora_name: _GivenName
     lora_path: Annotated[str, Field(min_length=1)] | None = None
     mixture: Mixture | None = None
     load_inplace: bool | None = None
@@ -424,7 +435,7 @@ class LoadAdapterRequest(Body):
 
 
 class UnloadAdapterRequest(Body):
-    lora_name: str
+    lora_name: _GivenName
     expected_version: str | None = None
     lora_int_id: int | None = None  # ignored: vLLM's own numbering of adapters
 

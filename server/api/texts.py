@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
@@ -33,25 +34,37 @@ class Texts:
         self._prompts = prompts
         # An adapter's go when no version has its tokens any more: they do not refer to these.
         self._made: WeakKeyDictionary[Tokens, Text] = WeakKeyDictionary()
-        # Not by the first request with a grammar: the library keeps all of Python waiting, streams
-        # too, for a second or more of a processor's time.
-        try:
-            self.of(None).grammars.read_vocabulary()
-        except ValueError as error:
-            logger.warning("grammars, schemas and forced calls cannot be used: %s", error)
+        self._lock = threading.Lock()
+        for adapter in (None, *(each.name for each in engine.adapters())):
+            self._prepare(engine.tokens_of(adapter))
+        engine.before_serving_tokens(self._prepare)
 
     def of(self, adapter: str | None) -> Text:
         """For requests to an adapter; None for the base model."""
-        tokens = self._engine.tokens_of(adapter)
-        text = self._made.get(tokens)
-        if text is None:
-            prompts = self._prompts
-            if tokens.tokenizer is not self._engine.tokens.tokenizer:
-                prompts = prompts.with_tokenizer(tokens.tokenizer)
-            text = self._made[tokens] = Text(
-                prompts,
-                MarkerTokens(tokens.tokenizer),
-                GrammarCompiler(tokens.tokenizer, tokens.rows, tokens.ends),
-                TokenBytes(tokens.vocabulary),
-            )
-        return text
+        return self._of(self._engine.tokens_of(adapter))
+
+    def _of(self, tokens: Tokens) -> Text:
+        with self._lock:  # adapters are loaded on other threads
+            text = self._made.get(tokens)
+            if text is None:
+                prompts = self._prompts
+                if tokens.tokenizer is not self._engine.tokens.tokenizer:
+                    prompts = prompts.with_tokenizer(tokens.tokenizer)
+                text = self._made[tokens] = Text(
+                    prompts,
+                    MarkerTokens(tokens.tokenizer),
+                    GrammarCompiler(tokens.tokenizer, tokens.rows, tokens.ends),
+                    TokenBytes(tokens.vocabulary),
+                )
+            return text
+
+    def _prepare(self, tokens: Tokens) -> None:
+        """Read what grammars need of a vocabulary before any request has one.
+
+        That takes a second or more of a processor's time, in which the library keeps all of Python
+        waiting, streams too: better when a model or an adapter is loaded than amid requests.
+        """
+        try:
+            self._of(tokens).grammars.read_vocabulary()
+        except ValueError as error:
+            logger.warning("grammars, schemas and forced calls cannot be used: %s", error)

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 import aiohttp
 
-from nybble.kernels.progress import Bar
 from nybble.server.bench.client import Client, Timing
 from nybble.server.bench.workload import Ask
 
@@ -68,6 +67,9 @@ async def open_loop(client: Client, asks: Sequence[Ask], arrivals: Iterable[floa
 
 class _Recorder:
     def __init__(self, client: Client, total: int) -> None:
+        # PyTorch comes along: a server that does not answer is told of without it.
+        from nybble.kernels.progress import Bar
+
         self._client = client
         self._sent: list[Sent] = []
         self._bar = Bar(total=total, unit="req")

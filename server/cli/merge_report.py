@@ -52,7 +52,8 @@ def merge_and_report(
     source = resolve_model(base, aliases=aliases)
     checkpoint = open_checkpoint(source)
     architecture = architecture_of(checkpoint.config)
-    loaded = [load_adapter(resolve_adapter(name), architecture) for name in adapters]
+    folders = [resolve_adapter(name) for name in adapters]
+    loaded = [load_adapter(folder, architecture) for folder in folders]
     adapter = loaded[0]
     if len(loaded) > 1 or weights is not None:
         weights = [1.0] * len(loaded) if weights is None else weights
@@ -72,6 +73,7 @@ def merge_and_report(
         keep_16_bits=keep_16_bits,
         calibration=calibration_ids,
         device=device,
+        folder=folders[0] if len(folders) == 1 else None,
     )
     print(f"{target}: {len(layers)} layers merged")
     if layers:

@@ -26,6 +26,7 @@ from nybble.engine import (
     ParameterError,
 )
 from nybble.server.http import retry_after
+from nybble.server.lifecycle.flag_names import in_flags
 from nybble.server.observability.logs import LogEvent
 
 logger = logging.getLogger(__name__)
@@ -138,7 +139,7 @@ def as_api_error(error: Exception, request_id: str) -> ApiError:
     if isinstance(error, ContextLengthError):
         return ApiError(400, str(error), param=error.parameter, code="context_length_exceeded")
     if isinstance(error, ParameterError):
-        return ApiError(400, str(error), param=error.parameter, code="invalid_value")
+        return ApiError(400, in_flags(error), param=error.parameter, code="invalid_value")
     if isinstance(error, GuideError):
         return ApiError(400, str(error), param=error.parameter, code="guide_failed")
     if isinstance(error, DisallowedTokenError):
@@ -150,7 +151,7 @@ def as_api_error(error: Exception, request_id: str) -> ApiError:
     if isinstance(error, AdapterConflictError):
         return ApiError(409, str(error), param="expected_version", code="version_conflict")
     if isinstance(error, AdapterError):
-        return ApiError(400, str(error), param="lora_path", code="invalid_adapter")
+        return ApiError(400, in_flags(error), param="lora_path", code="invalid_adapter")
     if isinstance(error, AdapterUnavailableError):
         return ApiError(503, str(error), code="adapter_unavailable")
     if isinstance(error, EngineOverloadedError):

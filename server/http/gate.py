@@ -38,6 +38,11 @@ class Gate:
             if not self._inside:
                 self._empty.set()
 
+    @property
+    def inside(self) -> int:
+        """Requests in progress."""
+        return self._inside
+
     async def close(self, timeout: float) -> int:
         """Wait up to ``timeout`` seconds for requests to finish; returns how many have not."""
         self.closed = True

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import fields
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,16 +29,6 @@ if TYPE_CHECKING:  # they need packages of their own
     from nybble.server.tenancy.shared_limits import SharedLimiter
 
 _RESTARTS = 3
-# Engine settings whose flags have other names.
-_FLAGS = {
-    "device_bytes": "--lora-device-memory",
-    "draft_model": "--draft-model",
-    "host_bytes": "--lora-host-memory",
-    "kv_cache_bytes": "--kv-cache-memory",
-    "kv_dtype": "--kv-cache-dtype",
-    "max_rank": "--max-lora-rank",
-    "on_engine_failure": "--on-engine-failure",
-}
 
 
 def engine_config(options: ServeOptions) -> EngineConfig:
@@ -101,11 +89,6 @@ def server_settings(options: ServeOptions, device: str, *, loopback: bool) -> Se
     """
     model, network, memory = options.model, options.network, options.memory
     keys, adapters, endpoint = options.keys, options.adapters, options.operation.otlp_endpoint
-    if network.ssl_keyfile is not None and network.ssl_certfile is None:
-        raise ValueError("--ssl-keyfile goes with --ssl-certfile")
-    tls = None
-    if network.ssl_certfile is not None:
-        tls = tls_context(network.ssl_certfile, network.ssl_keyfile)
     hosts = (network.host, *(network.allowed_hosts or ()))
     roots = tuple(adapters.lora_root or ())
     state = adapters.lora_state or default_path(model.model, network.uds or network.port, roots)
@@ -128,7 +111,7 @@ def server_settings(options: ServeOptions, device: str, *, loopback: bool) -> Se
         adapter_watch=adapters.lora_watch,
         shared_adapters=_shared_adapters(options),
         shutdown_timeout=network.shutdown_timeout,
-        tls=tls,
+        tls=tls_context(network.ssl_certfile, network.ssl_keyfile),
         cors=Cors(network.allowed_origins) if network.allowed_origins else None,
         # On other addresses the server's names are not known.
         allowed_hosts=hosts if loopback and "*" not in hosts else None,
@@ -244,19 +227,3 @@ def _tracing(endpoint: str) -> Tracing:
             "pip install 'nybble[otel]'"
         ) from None
     return Tracing.to(endpoint)
-
-
-@contextmanager
-def flags_named() -> Iterator[None]:
-    """Replace the engine's setting names in errors by the names of the flags."""
-    try:
-        yield
-    except ValueError as error:
-        error.args = (_in_flags(str(error)),)
-        raise
-
-
-def _in_flags(message: str) -> str:
-    names = {field.name for settings in (EngineConfig, AdapterConfig) for field in fields(settings)}
-    flags = {name: f"--{name.replace('_', '-')}" for name in names if "_" in name} | _FLAGS
-    return re.sub(rf"\b({'|'.join(flags)})\b", lambda found: flags[found[0]], message)

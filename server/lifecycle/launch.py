@@ -23,7 +23,8 @@ from nybble.quantizers.drafts import prepared_draft, stored_draft
 from nybble.quantizers.prepare import prepare_checkpoint, rounded_parts
 from nybble.server.adapters.admin import restore, restore_mixtures, restore_uploads
 from nybble.server.http.listen import BACKLOG, is_loopback
-from nybble.server.lifecycle.configure import engine_config, flags_named, server_settings
+from nybble.server.lifecycle.configure import engine_config, server_settings
+from nybble.server.lifecycle.flag_names import flags_named
 from nybble.server.lifecycle.named_adapters import named_adapters
 from nybble.server.lifecycle.options import ServeOptions
 from nybble.server.lifecycle.serve import serve

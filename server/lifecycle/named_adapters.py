@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
+from nybble.server.adapters.names import require_name
 from nybble.server.lifecycle.options import AdapterOptions
 
 
 def named_adapters(options: AdapterOptions, models: Sequence[str]) -> dict[str, str]:
-    """Paths of ``--lora-modules`` by name. Raises ValueError for a name that is taken."""
+    """Paths of ``--lora-modules`` by name. Raises ValueError for a name that is taken,
+    or that no adapter may have."""
     adapters: dict[str, str] = {}
     for option in options.lora_modules or ():
         name, path = _named_adapter(option)
@@ -35,4 +37,7 @@ def _named_adapter(option: str) -> tuple[str, str]:
         name, _, path = option.partition("=")
     if not (isinstance(name, str) and isinstance(path, str) and name and path):
         raise ValueError(f"--lora-modules {option!r}: expected NAME=PATH")
-    return name, path
+    try:
+        return require_name(name), path
+    except ValueError as error:
+        raise ValueError(f"--lora-modules: {error}") from None

@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import socket
+import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
@@ -44,7 +45,7 @@ async def serve(
     """Serve a started engine until SIGINT or SIGTERM, then let requests in flight finish.
 
     Meanwhile new requests get 503. Requests that do not finish in time end with an error. A second
-    signal ends the process at once. SIGHUP reloads the tenants file.
+    signal ends them with an error now, and then the process. SIGHUP reloads the tenants file.
 
     ready: called when requests are accepted.
 
@@ -66,11 +67,11 @@ async def serve(
         shutdown_timeout=_FLUSH_SECONDS,
     )
     await runner.setup()
-    stopping = asyncio.Event()
+    ending = _Ending(engine, gate, templates)
     loop = asyncio.get_running_loop()
-    engine.when_dead(lambda: _tell(loop, stopping))
+    engine.when_dead(lambda: _tell(loop, ending.asked))
     for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, _on_signal, stopping, number)
+        loop.add_signal_handler(number, ending.on_signal, number)
     if settings.tenants is not None:
         loop.add_signal_handler(signal.SIGHUP, settings.tenants.reload)
     watch = None
@@ -80,7 +81,7 @@ async def serve(
     try:
         await web.SockSite(runner, sock, backlog=BACKLOG, ssl_context=settings.tls).start()
         ready()
-        await stopping.wait()
+        await ending.asked.wait()
         timeout = settings.shutdown_timeout if engine.failure is None else _FAILED_SECONDS
         logger.info(
             "shutting down: finishing requests for at most %g s; a second signal (Ctrl-C) ends "
@@ -88,6 +89,7 @@ async def serve(
             timeout,
         )
         left = await gate.close(timeout)
+        await ending.at_once()
         if left:
             logger.warning("%d requests did not finish in time and end with an error", left)
     finally:
@@ -101,8 +103,46 @@ async def serve(
         templates.close()
         if settings.tracing is not None:
             await asyncio.to_thread(settings.tracing.close)
+    await ending.at_once()
     if engine.failure is not None:
         raise EngineFailedError(f"the engine has failed: {engine.failure}")
+
+
+class _Ending:
+    """What signals do: the first ends the server in order, the second at once.
+
+    asked: whether the server is to end.
+    """
+
+    def __init__(self, engine: Engine, gate: Gate, templates: TemplateRenderer) -> None:
+        self.asked = asyncio.Event()
+        self._engine, self._gate, self._templates = engine, gate, templates
+        self._now: asyncio.Task[None] | None = None
+
+    def on_signal(self, number: int) -> None:
+        code = 128 + number
+        if not self.asked.is_set():
+            self.asked.set()
+        elif self._now is None:
+            self._now = asyncio.create_task(self._end(code))
+        else:
+            os._exit(code)
+
+    async def at_once(self) -> None:
+        """Does not return if a second signal has come."""
+        if self._now is not None:
+            await self._now
+
+    async def _end(self, code: int) -> None:
+        logger.warning("a second signal: %d requests end with an error now", self._gate.inside)
+        # Should the event loop be held up.
+        timer = threading.Timer(2 * _FAILED_SECONDS, os._exit, (code,))
+        timer.daemon = True
+        timer.start()
+        self._engine.abandon()
+        await self._gate.close(_FAILED_SECONDS)
+        self._templates.close()  # its process would complain that this one is gone
+        os._exit(code)
 
 
 def _try_template(engine: Engine, templates: TemplateRenderer, gate: Gate) -> None:
@@ -128,9 +168,3 @@ def _try_template(engine: Engine, templates: TemplateRenderer, gate: Gate) -> No
 
 def _tell(loop: asyncio.AbstractEventLoop, event: asyncio.Event) -> None:
     loop.call_soon_threadsafe(event.set)
-
-
-def _on_signal(stopping: asyncio.Event, number: int) -> None:
-    if stopping.is_set():
-        os._exit(128 + number)
-    stopping.set()

@@ -30,6 +30,7 @@ JOBS = "/v1/fine_tuning/jobs"
 _MAX_UNFINISHED = 20
 _NOT_IN_NAMES = re.compile(r"[^A-Za-z0-9._-]+")
 _ID_LETTERS = "abcdefghijkmnpqrstuvwxyzABCDEFGHJKLMNPQRSTUVWXYZ23456789"
+_PART_LENGTH = 60  # so that the whole is a name which adapters may have
 _OPERATORS_NAME = "nybble"  # in place of the organization, if there is no tenant
 
 
@@ -92,7 +93,7 @@ class JobRoutes:
         if rank > most:
             raise ApiError(
                 400,
-                f"rank is {rank}, this server serves adapters up to {most} (--max-lora-rank)",
+                f"rank is {rank}, this server serves adapters up to --max-lora-rank {most}",
                 param="nybble.rank",
                 code="invalid_value",
             )
@@ -137,7 +138,9 @@ class JobRoutes:
     def _model_name(self, body: CreateJob, tenant: Tenant | None) -> str:
         base = body.model.rstrip("/").rpartition("/")[2]
         owner = _OPERATORS_NAME if tenant is None else tenant.name
-        parts = [_NOT_IN_NAMES.sub("-", part) for part in (base, owner, body.suffix or "")]
+        parts = [
+            _NOT_IN_NAMES.sub("-", part)[:_PART_LENGTH] for part in (base, owner, body.suffix or "")
+        ]
         id = "".join(secrets.choice(_ID_LETTERS) for _ in range(8))
         return ":".join(["ft", *parts, id])
 

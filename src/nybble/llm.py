@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import re
 import threading
 import weakref
-from collections.abc import Coroutine, Mapping, Sequence
-from contextlib import aclosing
+from collections.abc import Coroutine, Iterator, Mapping, Sequence
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -63,6 +64,28 @@ T = TypeVar("T")
 Prompt = str | Sequence[int]
 # A conversation as OpenAI writes it: ``[{"role": "user", "content": "…"}, …]``.
 Conversation = Sequence[Mapping[str, Any]]
+
+
+# What the engine calls otherwise, as its errors have it.
+_OPTIONS = {
+    "max_rank": "max_lora_rank",
+    "slots is": "max_loras is",
+    "kv_dtype": "kv_cache_dtype",
+    "dtype of adapters": "lora_dtype",
+}
+
+
+@contextmanager
+def _options_named() -> Iterator[None]:
+    """Replace the engine's setting names in errors by those of LLM's options."""
+    try:
+        yield
+    except ValueError as error:
+        message = str(error)
+        for name, option in _OPTIONS.items():
+            message = re.sub(rf"\b{name}\b", option, message)
+        error.args = (message,)
+        raise
 
 
 @dataclass(frozen=True)
@@ -142,25 +165,26 @@ class LLM:
                 raise ValueError(f"{name} is {value!r}, expected one of {names}")
         require_whole("max_num_seqs", max_num_seqs)
         chosen = resolve_device(device)
-        config = EngineConfig(
-            device=str(chosen),
-            dtype=torch.bfloat16 if dtype == "auto" else getattr(torch, dtype),
-            kv_cache_bytes=kv_cache_bytes,
-            kv_dtype=kv_cache_dtype,
-            max_num_seqs=max_num_seqs,
-            max_batched_tokens=max(EngineConfig.max_batched_tokens, max_num_seqs),
-            max_model_len=max_model_len,
-            max_waiting=max_num_seqs,
-            speculate=speculate or ("off" if draft_model is None else "auto"),
-            max_draft_tokens=max_draft_tokens,
-            deterministic=deterministic,
-            activations=activations,
-            adapters=AdapterConfig(max_loras, max_lora_rank, dtype=lora_dtype)
-            if enable_lora
-            else None,
-            tune=tune,
-            tensor_parallel_size=tensor_parallel_size,
-        )
+        with _options_named():
+            config = EngineConfig(
+                device=str(chosen),
+                dtype=torch.bfloat16 if dtype == "auto" else getattr(torch, dtype),
+                kv_cache_bytes=kv_cache_bytes,
+                kv_dtype=kv_cache_dtype,
+                max_num_seqs=max_num_seqs,
+                max_batched_tokens=max(EngineConfig.max_batched_tokens, max_num_seqs),
+                max_model_len=max_model_len,
+                max_waiting=max_num_seqs,
+                speculate=speculate or ("off" if draft_model is None else "auto"),
+                max_draft_tokens=max_draft_tokens,
+                deterministic=deterministic,
+                activations=activations,
+                adapters=AdapterConfig(max_loras, max_lora_rank, dtype=lora_dtype)
+                if enable_lora
+                else None,
+                tune=tune,
+                tensor_parallel_size=tensor_parallel_size,
+            )
 
         draft_name = None if draft_model is None else str(draft_model)
 
@@ -402,7 +426,8 @@ class LLM:
                 "adapter", "there is no room for adapters: give LLM(…, enable_lora=True)"
             )
         if self._engine.adapter(path) is None:
-            self._engine.load_adapter(path, path)
+            with _options_named():
+                self._engine.load_adapter(path, path)
 
     def _wait_for(self, work: Coroutine[Any, Any, T]) -> T:
         if not self._finalizer.alive:

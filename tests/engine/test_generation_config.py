@@ -49,8 +49,9 @@ def test_sampling_parameters_are_taken_where_the_model_is_to_be_sampled() -> Non
     ],
 )
 def test_values_that_make_no_sense_are_refused_by_name(name: str, value: object) -> None:
-    with pytest.raises(ValueError, match=rf"generation_config\.json: {name}"):
-        sampling_defaults({"do_sample": True, name: value})
+    for samples in ({"do_sample": True}, {"do_sample": False}, {}):
+        with pytest.raises(ValueError, match=rf"generation_config\.json: {name}"):
+            sampling_defaults({**samples, name: value})
 
 
 def test_forms_that_mean_the_same_are_taken() -> None:

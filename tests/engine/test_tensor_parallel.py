@@ -259,6 +259,62 @@ def test_adapters_are_cut_along_their_outputs(
     assert_equal(model("gptq act-order"), ranks, requests, adapters=adapters, adapter_slots=slots)
 
 
+@pytest.mark.parametrize(
+    ("tied", "dtype"),
+    [(False, "auto"), pytest.param(True, "auto", marks=pytest.mark.slow), (True, "int8")],
+)
+def test_adapters_own_tokens_and_ends_are_those_of_one_rank(
+    tiny_model: Callable[..., Path],
+    tiny_adapter: Callable[..., Path],
+    tiny_token_adapter: Callable[..., Path],
+    ranks: Ranks,
+    tied: bool,
+    dtype: Any,
+) -> None:
+    """Of an odd number of tokens too; all of them through three slots, beside the base."""
+    both, some = ["embed_tokens", "lm_head"], ["q_proj", "down_proj"]
+    token_adapters = {
+        "rows": tiny_token_adapter(tied=tied),
+        "odd rows": tiny_token_adapter(tied=tied, rows=391),
+        "matrices": tiny_token_adapter(tied=tied, modules_to_save=both),
+        "LoRA": tiny_token_adapter(tied=tied, target_modules=["v_proj", *both]),
+    }
+    ends: dict[str, dict[str, Any]] = {
+        "plain": {},
+        "norms": {"modules_to_save": ["input_layernorm", "model.norm"]},
+        "tokens": {"trainable_token_indices": {"embed_tokens": [9, 50], "lm_head": [7, 170, 17]}},
+        "dora": {"target_modules": ["lm_head"], "use_dora": True},
+    }
+    adapters = token_adapters | {
+        name: tiny_adapter(tied=tied, **{"target_modules": some, **options})
+        for name, options in ends.items()
+    }
+    requests = []
+    for index, (prompt, params, name) in enumerate(asked(adapters=(None, *adapters))):
+        own = [320, 5, 321, 323] if name in token_adapters else []
+        params = replace(params, temperature=3.0 if index % 2 else 0)
+        requests.append(([*prompt, *own], params, name))
+    requests.append(([3, 4], replace(requests[0][1], prompt_logprobs=2), list(adapters)[-1]))
+    folder = tiny_model(tie_word_embeddings=tied)
+    slots = AdapterConfig(slots=3, max_rank=8, dtype=dtype)
+    settings: dict[str, Any] = {"adapters": adapters, "adapter_slots": slots}
+    expected, _ = answers(folder, None, requests, **settings)
+    assert any(token >= 320 for tokens, *_ in expected for ids, *_ in tokens for token in ids)
+    found, _ = answers(folder, ranks, requests, **settings)
+    for (_, _, name), mine, theirs in zip(requests * 2, found, expected, strict=True):
+        assert mine == theirs, name
+
+
+def test_changes_of_norms_of_heads_are_refused_by_name(
+    model: Callable[[str], Path], tiny_mtp: ModuleType, tmp_path: Path, ranks: Ranks
+) -> None:
+    folder = model("olmo2")
+    adapter = tiny_mtp.write_tiny_adapter(tmp_path / "a", folder, modules_to_save=["k_norm"])
+    slots = AdapterConfig(slots=1)
+    with pytest.raises(AdapterError, match=r"k_norm\.weight, which tensor parallelism does not"):
+        answers(folder, ranks, [], adapters={"k": adapter}, adapter_slots=slots)
+
+
 def test_an_adapter_that_no_rank_can_apply_alone_is_refused(
     model: Callable[[str], Path], tiny_adapter: Callable[..., Path], ranks: Ranks
 ) -> None:

@@ -175,7 +175,7 @@ def test_an_adapter_larger_than_the_memory_for_adapters_is_refused_by_name(
     """By default the memory holds adapters on all layers but experts."""
     config = replace(GPU, adapters=AdapterConfig(slots=1, max_rank=4))
     engine = Engine.load(open_checkpoint(folder), config, progress=False)
-    with pytest.raises(AdapterError, match=r"raise device_bytes \(--lora-device-memory\)"):
+    with pytest.raises(AdapterError, match="raise device_bytes"):
         engine.load_adapter("all", str(adapters["all"]))
 
 

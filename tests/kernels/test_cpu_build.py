@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import signal
+import subprocess
+import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -192,4 +197,31 @@ def test_builds_at_once_do_not_disturb_each_other(tmp_path: Path) -> None:
         ]
         (library,) = {call.result() for call in calls}
     assert library.read_text() == "whole\n"
-    assert [path.name for path in library.parent.iterdir()] == [library.name]
+    assert {path.name for path in library.parent.iterdir()} == {library.name, "build.lock"}
+
+
+def test_a_build_is_told_of_and_removes_what_a_killed_one_has_left(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    cache = tmp_path / "cache"
+    endless = compiler_script(tmp_path, "sleep 60")
+    code = (
+        "from pathlib import Path; from nybble.kernels.cpu.build import build_fastest; "
+        f"build_fastest(compiler={endless!r}, cache=Path({str(cache)!r}))"
+    )
+    killed = subprocess.Popen([sys.executable, "-c", code], start_new_session=True)
+    while not list(cache.glob("tmp*")):
+        assert killed.poll() is None
+        time.sleep(0.05)
+    os.killpg(killed.pid, signal.SIGKILL)
+    killed.wait()
+    (left,) = cache.glob("tmp*")
+    quick = compiler_script(tmp_path, 'while [ "$1" != -o ]; do shift; done; touch "$2"')
+    with caplog.at_level(logging.INFO):
+        library = build_fastest(compiler=quick, cache=cache)
+        build_fastest(compiler=quick, cache=cache)
+    assert not left.exists()
+    assert {path.name for path in cache.iterdir()} == {library.name, "build.lock"}
+    told = [each.getMessage() for each in caplog.records if "compiling" in each.getMessage()]
+    assert len(told) == 1
+    assert "once for this machine" in told[0]

@@ -109,6 +109,41 @@ def test_the_names_of_other_peft_versions_are_read(
     assert found.digest != expected.digest
 
 
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_an_adapter_that_changed_the_base_is_read_once_peft_has_converted_it(
+    tiny_model: Callable[..., Path], architecture: Architecture, tmp_path: Path, init: str
+) -> None:
+    """As the error for one that is not converted says."""
+    from peft import LoraConfig, get_peft_model
+
+    before = AutoModelForCausalLM.from_pretrained(tiny_model(), dtype=torch.float32)
+    base = AutoModelForCausalLM.from_pretrained(tiny_model(), dtype=torch.float32)
+    config = LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=init)
+    adapted = get_peft_model(base, config)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        adapted.peft_config["default"].init_lora_weights = True
+        adapted.save_pretrained(tmp_path / "initial")
+        adapted.peft_config["default"].init_lora_weights = init
+        for name, parameter in adapted.named_parameters():
+            if "lora_" in name:
+                parameter.data.add_(0.1 * torch.randn(parameter.shape))
+    adapted.save_pretrained(tmp_path / "as it is")
+    with pytest.raises(AdapterError, match="path_initial_model_for_weight_conversion"):
+        load_adapter(tmp_path / "as it is", architecture)
+    adapted.save_pretrained(
+        tmp_path / "converted", path_initial_model_for_weight_conversion=str(tmp_path / "initial")
+    )
+    found = load_adapter(tmp_path / "converted", architecture).modules
+    merged = adapted.merge_and_unload()
+    assert len(found) == len(architecture.layers)
+    for name, module in found.items():
+        expected = merged.get_submodule(name).weight
+        result = module.merged(before.get_submodule(name).weight)
+        torch.testing.assert_close(result, expected, atol=1e-5, rtol=1e-4)
+        assert not torch.allclose(expected, before.get_submodule(name).weight, atol=0.01)
+
+
 def test_a_pickled_file_is_not_read_and_the_error_says_how_to_convert_it(
     editable: Path, architecture: Architecture
 ) -> None:

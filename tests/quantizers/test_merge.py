@@ -16,7 +16,7 @@ from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from nybble.kernels import DenseWeight, PackedWeight
 from nybble.kernels.layout import Layout
@@ -36,6 +36,7 @@ from nybble.loaders.formats import Settings
 from nybble.loaders.formats.awq import Awq
 from nybble.loaders.formats.gptq import Gptq
 from nybble.loaders.shards import Shards
+from nybble.loaders.tokenizer import load_tokenizer
 from nybble.models import architecture_of
 from nybble.quantizers import merge_adapter, merge_divergence, quantize_checkpoint
 
@@ -127,6 +128,110 @@ def test_merged_magnitudes_and_biases_equal_peft_s(
             assert not torch.equal(found[name + ".weight"], before[name + ".weight"])
         if module.changes_bias:
             assert not torch.equal(found[name + ".bias"], before[name + ".bias"])
+
+
+BOTH_ENDS, LORA = ["embed_tokens", "lm_head"], "LoRA on both ends"
+WITH_TOKENS: dict[str, dict[str, Any]] = {
+    "rows saved as they are": {},
+    "rows trained": {"new_rows": "trained"},
+    "matrices trained": {"modules_to_save": BOTH_ENDS},
+    LORA: {"target_modules": ["v_proj", *BOTH_ENDS]},
+    "more rows than tokens": {"rows": 384},
+}
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("kind", WITH_TOKENS)
+def test_merged_tokens_equal_peft_s_with_their_tokenizer(
+    tiny_model: Callable[..., Path],
+    tiny_token_adapter: Callable[..., Path],
+    tmp_path: Path,
+    kind: str,
+    tied: bool,
+) -> None:
+    from peft import PeftModel
+
+    model = tiny_model(tie_word_embeddings=tied)
+    folder = tiny_token_adapter(tied=tied, **WITH_TOKENS[kind])
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    rows = WITH_TOKENS[kind].get("rows", len(tokenizer))
+    base.resize_token_embeddings(rows, mean_resizing=False)
+    unmerged = PeftModel.from_pretrained(base, folder).eval()
+    text = "the <plan> fox<|tool|> jumps zyx over"
+    ids = torch.tensor([tokenizer(text)["input_ids"]])
+    with torch.no_grad():
+        wanted = unmerged(ids).logits
+    expected = unmerged.merge_and_unload().state_dict()
+    adapter = load_adapter(folder, architecture_of(AutoConfig.from_pretrained(model)))
+    merge_adapter(model, adapter, tmp_path / "merged", progress=False, folder=folder)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    assert merged.config.vocab_size == rows
+    with torch.no_grad():
+        torch.testing.assert_close(merged(ids).logits, wanted, rtol=0.05, atol=0.12)
+    found = merged.state_dict()
+    assert found.keys() == expected.keys()
+    # Into one matrix, peft merges the LoRA of both ends, which is not what it computes unmerged.
+    twice = {"model.embed_tokens.weight", "lm_head.weight"} if tied and kind == LORA else set()
+    for name in found.keys() - twice:
+        torch.testing.assert_close(found[name], expected[name], rtol=2**-8, atol=1e-6)
+    written = AutoTokenizer.from_pretrained(tmp_path / "merged")
+    assert written(text)["input_ids"] == tokenizer(text)["input_ids"]
+    assert max(written(text)["input_ids"]) >= 320
+    assert written.special_tokens_map == tokenizer.special_tokens_map
+    assert written.chat_template == AutoTokenizer.from_pretrained(model).chat_template
+
+
+@pytest.mark.parametrize("merged_format", [None, "bf16"])
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_4_bit_base_gets_the_tokens_too(
+    tiny_model: Callable[..., Path],
+    tiny_token_adapter: Callable[..., Path],
+    tmp_path: Path,
+    format: str,
+    merged_format: Any,
+) -> None:
+    base = quantized(tiny_model(), tmp_path / "base", format)
+    folder = Path(shutil.copytree(tiny_token_adapter(new_rows="trained"), tmp_path / "adapter"))
+    (folder / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    adapter = loaded(tiny_model, folder)
+    target = tmp_path / "merged"
+    calibration = None if merged_format else torch.randint(3, 300, (6, 40))
+    merge_adapter(
+        base,
+        adapter,
+        target,
+        format=merged_format,
+        calibration=calibration,
+        progress=False,
+        folder=folder,
+    )
+    checkpoint = open_checkpoint(target)
+    assert checkpoint.format == (format if merged_format is None else "none")
+    tokenizer = load_tokenizer(target)
+    assert checkpoint.config.vocab_size == len(tokenizer) == 324
+    assert tokenizer.chat_template == "{{ messages[0].content }}"
+    text = torch.randint(3, 300, (90,), generator=torch.Generator().manual_seed(0))
+    text[::5] = 321
+    effect = merge_divergence(base, adapter, base, text % 320, length=40, dtype=torch.float32)
+    cost = merge_divergence(base, adapter, target, text, length=40, dtype=torch.float32)
+    assert cost < effect * (0.01 if merged_format else 0.6)
+
+
+def test_a_tokenizer_without_rows_for_its_tokens_is_not_written(
+    tiny_model: Callable[..., Path],
+    tiny_adapter: Callable[..., Path],
+    tiny_token_adapter: Callable[..., Path],
+    tmp_path: Path,
+) -> None:
+    folder = Path(shutil.copytree(tiny_adapter(), tmp_path / "adapter"))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(tiny_token_adapter() / name, folder)
+    adapter, target = loaded(tiny_model, folder), tmp_path / "merged"
+    merge_adapter(tiny_model(), adapter, target, progress=False, folder=folder)
+    for name in ("tokenizer.json", "config.json"):
+        before = json.loads((tiny_model() / name).read_text())
+        assert json.loads((target / name).read_text()) == before, name
 
 
 @pytest.mark.parametrize("kind", WITH_MAGNITUDES_OR_BIASES)
@@ -607,6 +712,8 @@ def test_a_quantized_output_layer_follows_the_format_that_is_written(
         CheckpointError, match=r"changes lm_head, which .* has quantized: merge into"
     ):
         merge_adapter(base, changed, tmp_path / "refused", progress=False)
+    with pytest.raises(CheckpointError, match=r"changes lm_head, which .* has quantized"):
+        merge_adapter(base, replace(adapter, vocab=330), tmp_path / "refused", progress=False)
     merge_adapter(base, changed, tmp_path / "changed", format="bf16", progress=False)
     found = dense(dict(open_checkpoint(tmp_path / "changed").weights())["lm_head"])  # type: ignore[arg-type]
     assert (found[3] == 1).all()

@@ -91,11 +91,8 @@ def batch(options: BatchOptions) -> None:
             )
         use_threads(options.model.threads)
         from nybble.server.batches.offline import answer_file, read_requests
-        from nybble.server.lifecycle.configure import (
-            dialects_of,
-            engine_config,
-            flags_named,
-        )
+        from nybble.server.lifecycle.configure import dialects_of, engine_config
+        from nybble.server.lifecycle.flag_names import flags_named
         from nybble.server.lifecycle.launch import load_engine
         from nybble.server.lifecycle.named_adapters import named_adapters
         from nybble.server.lifecycle.startup import Startup

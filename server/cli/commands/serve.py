@@ -23,10 +23,13 @@ def serve(options: ServeOptions) -> None:
     with expected_errors(report), interruptible():
         use_threads(options.model.threads)
         from nybble.server.http.listen import bind, bind_unix
+        from nybble.server.http.tls import tls_context
 
-        # Before anything heavy is imported: a wrong path and a taken port are found out at once.
+        # Before anything heavy is imported: a wrong path, a certificate that cannot be used and a
+        # taken port are found out at once.
         require_named(options)
         network = options.network
+        tls_context(network.ssl_certfile, network.ssl_keyfile)
         sock = bind_unix(network.uds) if network.uds else bind(network.host, network.port)
         from nybble.engine import EngineFailedError
         from nybble.server.lifecycle.launch import launch

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pytest
+from aiohttp import FormData
 from openai import OpenAI
 from typer.testing import CliRunner, Result
+from yarl import URL
 
 from nybble.engine import AdapterConfig, Engine
 from nybble.loaders import open_checkpoint
 from nybble.server.adapters.admin import restore, restore_mixtures
+from nybble.server.adapters.names import RULE
 from nybble.server.cli.main import app
 from nybble.server.lifecycle.named_adapters import named_adapters
 from nybble.server.lifecycle.options import AdapterOptions
@@ -248,7 +252,8 @@ def test_an_adapter_that_does_not_fit_is_a_client_s_error(engine: Engine, root: 
         body = {"lora_name": "wide", "lora_path": "wide"}
         error = await admin(client, LOAD, body, 400)
         assert error["code"] == "invalid_adapter"
-        assert "has rank 16, but this server holds adapters up to rank 8" in error["message"]
+        told = error["message"].partition("has rank 16, but this server holds adapters up to ")[2]
+        assert told == "rank 8: raise --max-lora-rank"
         error = await admin(client, LOAD, {"lora_name": "tiny", "lora_path": "one"}, 400)
         assert "is the name of the base model" in error["message"]
 
@@ -279,6 +284,56 @@ def test_only_folders_below_a_root_can_be_loaded(
             assert "is not a folder below an allowed root" in error["message"], path
             assert error["param"] == "lora_path"
         await load(client, "a", "inside")
+
+    serve(engine, root, scenario)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["", "../x", "a/../b", "/abs", "a/", ".hidden", "a/b/c", "a\0b", "a b", "é", "a" * 201],
+    ids=repr,
+)
+def test_names_that_no_adapter_may_have_are_refused_with_the_rule_whoever_gives_them(
+    engine: Engine, root: Path, name: str
+) -> None:
+    quoted = "/".join((LIST, quote(name, safe=""))) if name else None
+
+    async def scenario(client: Client) -> None:
+        await load(client, "one", "one")
+        source: Iterable[dict[str, Any]] = ({"lora_path": "one"}, {"mixture": {"one": 0.5}})
+        for path, more in (*((LOAD, each) for each in source), (UNLOAD, {})):
+            error = await admin(client, path, {"lora_name": name, **more}, 400)
+            assert (error["param"], error["code"]) == ("lora_name", "invalid_value")
+            assert RULE in error["message"]
+            assert len(error["message"]) < 600
+        form = FormData({"lora_name": name})
+        form.add_field("file", b"{}", filename="adapter_config.json")
+        async with client.post(LIST, data=form, headers=ADMIN) as response:
+            assert (response.status, RULE in await response.text()) == (400, True)
+        asks = [("get", ""), ("patch", ""), ("delete", ""), ("get", "/versions")]
+        asks += [("post", "/rollback"), ("post", "/prefetch")]
+        for method, after in asks if quoted else []:
+            url = URL(f"{quoted}{after}", encoded=True)
+            body = {"json": {"pinned": True}} if method == "patch" else {}
+            async with getattr(client, method)(url, headers=ADMIN, **body) as response:
+                assert response.status == 400, (method, after, await response.text())
+                assert (await response.json())["error"]["param"] == "lora_name"
+        assert [info.name for info in engine.adapters()] == ["one"]
+
+    serve(engine, root, scenario)
+    with pytest.raises(ValueError, match="--lora-modules"):
+        named_adapters(AdapterOptions(lora_modules=[f"{name}=/path"]), ["base"])
+
+
+def test_a_name_may_have_one_slash_as_on_the_hub(engine: Engine, root: Path) -> None:
+    async def scenario(client: Client) -> None:
+        info = await load(client, "org/captain", "one")
+        assert info["name"] == "org/captain"
+        assert await text(client, model="org/captain") != await text(client, model="tiny")
+        url = URL(f"{LIST}/org%2Fcaptain", encoded=True)
+        async with client.get(url, headers=ADMIN) as response:
+            assert (await response.json())["version"] == info["version"]
+        await admin(client, UNLOAD, {"lora_name": "org/captain"})
 
     serve(engine, root, scenario)
 
@@ -366,12 +421,13 @@ def command(*arguments: str) -> Result:
 
 
 def test_the_command_refuses_adapters_in_one_line(
-    tiny_model: Callable[..., Path], tmp_path: Path
+    tiny_model: Callable[..., Path], tiny_adapter: Callable[..., Path], tmp_path: Path
 ) -> None:
     folder = str(tiny_model())
     for option, message in (
         ("poet", "--lora-modules 'poet': expected NAME=PATH"),
         (f"poet={tmp_path}", "has no adapter_config.json"),
+        (f"poet={tiny_adapter(r=65)}", "up to rank 64: raise --max-lora-rank"),
     ):
         done = command("serve", "--model", folder, "--port", "0", "--lora-modules", option)
         assert done.exit_code == 1

@@ -139,10 +139,49 @@ def test_several_templates_are_chosen_from_as_the_models_are(
 
 
 @pytest.mark.parametrize(
+    ("template", "status", "message"),
+    [
+        ("{{ raise_exception('only in verse') }}", 400, "refuses these messages: only in verse"),
+        ("{{ messages[0].content | nothing }}", 400, "No filter named 'nothing'"),
+        (
+            "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+            500,
+            "cannot be used: ",
+        ),
+        ({"rag": "{{ messages }}", "tool_use": "{{ messages }}"}, 400, "cannot be used: "),
+    ],
+)
+def test_its_failing_template_is_told_as_its_own(
+    start: Callable[..., Engine], folder: Path, template: Any, status: int, message: str
+) -> None:
+    (folder / "chat_template.jinja").unlink()
+    if isinstance(template, dict):
+        template = [{"name": name, "template": text} for name, text in template.items()]
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+    engine = start()
+    engine.load_adapter("own", str(folder))
+
+    async def scenario(client: Client) -> None:
+        body = {"model": "own", "messages": [{"role": "user", "content": "hi"}]}
+        for path in ("/v1/chat/completions", "/tokenize")[: 1 if status == 500 else 2]:
+            async with client.post(path, json=body) as response:
+                error = (await response.json())["error"]["message"]
+                assert response.status == status, error
+            assert "of adapter 'own'" in error
+            assert message in error
+            assert "tiny" not in error
+            async with client.post(path, json={**body, "model": "tiny"}) as response:
+                assert response.status == 200
+
+    run(engine, scenario)
+
+
+@pytest.mark.parametrize(
     ("file", "content", "message"),
     [
         ("generation_config.json", "{", "generation_config.json"),
         ("generation_config.json", '{"do_sample": true, "top_p": 3}', "top_p"),
+        ("generation_config.json", '{"temperature": "hot"}', "temperature is 'hot'"),
         ("generation_config.json", '{"eos_token_id": "x"}', "eos_token_id in generation_config"),
         ("tokenizer_config.json", '{"chat_template": 3}', "chat_template is neither a text nor"),
     ],

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import shutil
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import llguidance
 import pytest
 from transformers import AutoTokenizer
 
@@ -123,6 +125,39 @@ def test_logprobs_biases_and_grammars_speak_of_its_tokens(engine: Engine) -> Non
         assert '"zyx"' in found["choices"][0]["text"]
 
     run(engine, scenario)
+
+
+def test_what_grammars_need_of_its_tokens_is_read_when_it_is_loaded(
+    engine: Engine,
+    tiny_token_adapter: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    """Not by the first request with a grammar, for which all streams would wait."""
+    threads: list[str] = []
+    read = llguidance.LLTokenizer
+
+    def spy(*given: Any, **options: Any) -> Any:
+        threads.append(threading.current_thread().name)
+        return read(*given, **options)
+
+    monkeypatch.setattr(llguidance, "LLTokenizer", spy)
+    shutil.copytree(tiny_token_adapter(tokens=("<new>",)), tmp_path / "new")
+
+    async def scenario(client: Client) -> None:
+        assert len(threads) == 2, "of the base and of the adapter that is loaded already"
+        body = {"lora_name": "new", "lora_path": "new"}
+        async with client.post("/v1/load_lora_adapter", json=body, headers=ADMIN) as response:
+            assert response.status == 200, await response.text()
+        assert threads[2:] != [threading.current_thread().name]
+        assert len(threads) == 3
+        asked = {"prompt": "x", "max_tokens": 9, "guided_regex": "[ab]{3}"}
+        for model in ("new", "own", "plain", "tiny"):
+            await answer(client, "/v1/completions", model=model, **asked)
+        assert len(threads) == 3
+
+    run(engine, scenario, admin_keys=["root"], adapter_roots=[tmp_path])
+    engine.unload_adapter("new")
 
 
 @pytest.mark.parametrize(

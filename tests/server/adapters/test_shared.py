@@ -278,6 +278,21 @@ def test_an_upload_goes_to_the_registry_and_a_deleted_one_leaves_it(
     serve(engines, [shared(registry=str(tmp_path / "registry")) for _ in range(2)], scenario)
 
 
+def test_deleting_a_name_leaves_those_that_begin_with_it(
+    tiny_adapter: Callable[..., Path], tmp_path: Path
+) -> None:
+    registry = AdapterRegistry(str(tmp_path / "registry"))
+    nested = f"org/{'0' * 32}"  # as a version's folder is called
+    for seed, name in enumerate(("org", "org/b", nested)):
+        registry.point(registry.store(name, tiny_adapter(seed=seed)))
+    registry.delete("org")
+    assert registry.find("org") is None
+    for name in ("org/b", nested):
+        assert registry.find(name) is not None, name
+        registry.delete(name)
+    assert {path.name for path in tmp_path.glob("registry/**/*")} <= {"org"}
+
+
 def test_an_adapters_own_tokens_come_with_it_from_every_shared_place(
     engines: list[Engine],
     shared: Callable[..., SharedAdapters],

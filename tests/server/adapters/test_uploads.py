@@ -134,6 +134,23 @@ def test_an_upload_is_served_replaced_and_deleted(
     serve(engine, tmp_path, scenario)
 
 
+def test_an_uploads_name_may_have_a_slash(
+    engine: Engine, files: dict[str, bytes], tmp_path: Path
+) -> None:
+    async def scenario(client: Client) -> None:
+        for name in ("org", "org/b"):
+            await upload(client, files, lora_name=name)
+        await upload(client, files, lora_name="org/b", load_inplace="true")
+        assert await text(client, "org/b") == await text(client, "org")
+        recovered = AdapterUploads(tmp_path / "uploads").recover()
+        assert set(recovered) == {"org", "org/b"}
+        async with client.delete(f"{PATH}/org", headers=ADMIN) as response:
+            assert response.status == 200
+        assert set(AdapterUploads(tmp_path / "uploads").recover()) == {"org/b"}
+
+    serve(engine, tmp_path, scenario)
+
+
 def test_what_is_wrong_with_an_upload_is_said_and_leaves_nothing(
     engine: Engine, files: dict[str, bytes], tmp_path: Path
 ) -> None:
@@ -143,7 +160,11 @@ def test_what_is_wrong_with_an_upload_is_said_and_leaves_nothing(
     async def scenario(client: Client) -> None:
         cases: list[tuple[dict[str, bytes], dict[str, str], str]] = [
             (files, {}, "missing required parameter: lora_name"),
-            (files, {"lora_name": "../x"}, "lora_name is '../x', expected letters"),
+            (
+                files,
+                {"lora_name": "../x"},
+                "'../x' cannot be the name of an adapter: expected letters",
+            ),
             (files, {"lora_name": "tiny"}, "the name of the base model"),
             (files, {"lora_name": "a", "load_inplace": "si"}, "expected true or false"),
             (files, {"lora_name": "a", "path": "/etc"}, "unknown parameter: path"),

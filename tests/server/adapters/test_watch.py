@@ -55,11 +55,13 @@ def test_what_cannot_be_loaded_is_said_once_and_tried_again_when_it_changes(
     watch = AdapterWatch(engine, tmp_path, ("tiny",))
     shutil.copytree(tiny_adapter(r=16), tmp_path / "wide")
     shutil.copytree(tiny_adapter(seed=1), tmp_path / "tiny")
+    shutil.copytree(tiny_adapter(seed=1), tmp_path / "a name")
     (tmp_path / "no adapter").mkdir()
     with caplog.at_level(logging.ERROR):
         for _ in range(4):
             watch.scan()
     assert [record.getMessage().split(":")[0] for record in caplog.records] == [
+        "adapter a name cannot be loaded",
         "adapter tiny cannot be loaded",
         "adapter wide cannot be loaded",
     ]

@@ -1,4 +1,4 @@
-"""The README's tables name every field of others' requests, and say what the server makes of it.
+"""Tables of docs/api.md: every field of others' requests, and what the server makes of it.
 
 The tables are generated: run this file (``.venv/bin/python tests/server/api/test_field_table.py``)
 after a change of the request models or of the vendored schema.
@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 
-import nybble.server.api
 from nybble.server.api.body import Body
 from nybble.server.api.chat_schema import ChatRequest
 from nybble.server.api.embeddings import EmbeddingRequest
@@ -25,7 +24,7 @@ from nybble.server.api.scoring_schema import RerankRequest, ScoreRequest
 from nybble.server.batches.schema import CreateBatch
 from nybble.server.http.errors import ApiError
 
-README = Path(nybble.server.api.__path__[0]) / "README.md"
+PAGE = Path(__file__).parents[3] / "docs" / "api.md"
 SCHEMAS = Path(__file__).parent / "openai_schema" / "schemas.json"
 FIELDS: dict[str, list[str]] = json.loads(SCHEMAS.read_text())["request_fields"]
 # Of Anthropic's messages and their beta, as their client has them.
@@ -149,8 +148,8 @@ def table(path: str) -> str:
 
 
 def in_readme(path: str) -> tuple[int, int]:
-    """Where the table of an endpoint lies in the README."""
-    text = README.read_text()
+    """Where the table of an endpoint lies in the page."""
+    text = PAGE.read_text()
     start = text.index(BEGIN.format(path)) + len(BEGIN.format(path))
     return start, text.index(END, start)
 
@@ -158,7 +157,7 @@ def in_readme(path: str) -> tuple[int, int]:
 @pytest.mark.parametrize("path", ENDPOINTS)
 def test_the_table_of_fields_is_what_the_code_does(path: str) -> None:
     start, end = in_readme(path)
-    assert README.read_text()[start:end].strip() == table(path), "run this file to write it anew"
+    assert PAGE.read_text()[start:end].strip() == table(path), "run this file to write it anew"
 
 
 @pytest.mark.parametrize("path", ENDPOINTS)
@@ -180,8 +179,8 @@ def test_what_is_refused_is_refused_for_the_reason_in_the_table(path: str) -> No
 def main() -> None:
     for path in ENDPOINTS:
         start, end = in_readme(path)
-        text = README.read_text()
-        README.write_text(f"{text[:start]}\n{table(path)}\n{text[end:]}")
+        text = PAGE.read_text()
+        PAGE.write_text(f"{text[:start]}\n{table(path)}\n{text[end:]}")
 
 
 if __name__ == "__main__":

@@ -52,6 +52,22 @@ async def abort(client: Client, id: str, headers: Any = None) -> tuple[int, Any]
         return response.status, await response.json()
 
 
+@pytest.mark.parametrize(("method", "after"), [("post", "/cancel"), ("delete", "")])
+def test_an_id_may_be_in_the_path(engine: Engine, method: str, after: str) -> None:
+    async def scenario(client: Client) -> None:
+        async with client.post(CHAT, json={**LONG, "stream": True}) as response:
+            id = json.loads((await response.content.readline())[6:])["id"]
+            async with getattr(client, method)(f"/v1/requests/{id}{after}") as answer:
+                assert await answer.json() == {"cancelled": 1}
+            text = await response.text()
+        assert json.loads(text.strip().split("data: ")[-1])["error"]["code"] == "cancelled"
+        async with getattr(client, method)(f"/v1/requests/{id}{after}") as answer:
+            error = (await answer.json())["error"]
+            assert (answer.status, error["code"]) == (404, "request_not_found")
+
+    run(engine, scenario)
+
+
 @pytest.mark.parametrize("named", [True, False])
 def test_a_stream_is_cancelled_by_id(engine: Engine, named: bool) -> None:
     async def scenario(client: Client) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -306,6 +307,36 @@ def test_a_wrong_name_is_found_out_before_anything_heavy_is_imported(
     for line, end in zip(lines, names.values(), strict=True):
         assert line.startswith("error: model ")
         assert line.endswith(end)
+
+
+def test_a_wrong_certificate_and_a_closed_port_are_found_out_before_pytorch_is_imported(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "cert.pem").write_text("nothing")
+    (tmp_path / "model").mkdir()
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        port = closed.getsockname()[1]
+    commands = {
+        "serve model --ssl-certfile cert.pem": "--ssl-certfile: no certificate with its",
+        "serve model --ssl-keyfile cert.pem": "--ssl-keyfile goes with --ssl-certfile",
+        f"bench --url http://127.0.0.1:{port}/v1": "does not list its models: ClientConnectorError",
+    }
+    code = (
+        "import sys; from nybble.server.cli.main import app\n"
+        f"for command in {list(commands)}:\n"
+        "    try: app(command.split())\n"
+        "    except SystemExit as end: assert end.code == 1\n"
+        "    assert not {'torch', 'transformers'} & set(sys.modules), command\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-P", "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=tmp_path,
+    )
+    for line, expected in zip(result.stderr.splitlines(), commands.values(), strict=True):
+        assert expected in line
 
 
 def test_an_alias_and_what_may_be_on_the_hub_are_not_found_wrong(tmp_path: Path) -> None:

@@ -118,7 +118,9 @@ def test_a_certificate_makes_the_server_speak_https_alone(
 
 
 def test_a_certificate_without_its_key_is_refused(certificate: tuple[Path, Path]) -> None:
-    assert tls_context(*certificate).minimum_version == ssl.TLSVersion.TLSv1_2
+    context = tls_context(*certificate)
+    assert context is not None
+    assert context.minimum_version == ssl.TLSVersion.TLSv1_2
     with pytest.raises(ValueError, match="no certificate with its unencrypted key"):
         tls_context(certificate[0], None)
     encrypted = certificate[1].with_name("encrypted.pem")

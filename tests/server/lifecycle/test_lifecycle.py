@@ -302,7 +302,9 @@ def test_a_client_that_never_finishes_its_headers_is_cut_off_and_a_slow_answer_i
     serving(engine, scenario)
 
 
-def test_a_second_signal_ends_the_process_at_once(tiny_model: Callable[..., Path]) -> None:
+def test_a_second_signal_ends_requests_with_an_error_and_the_process_at_once(
+    tiny_model: Callable[..., Path],
+) -> None:
     with running_server(tiny_model(max_length=4096)) as server:
         client = OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0)
         stream = client.completions.create(
@@ -317,8 +319,42 @@ def test_a_second_signal_ends_the_process_at_once(tiny_model: Callable[..., Path
         server.terminate()
         time.sleep(0.2)
         server.terminate()
-        assert server.process.wait(2) == 128 + 15
+        with pytest.raises(openai.APIError, match="the engine was stopped"):
+            for _ in stream:
+                pass
+        assert server.process.wait(5) == 128 + 15
         assert "a second signal (Ctrl-C) ends them at once" in server.log()
+        assert server.log().count("a second signal: 1 requests end with an error now") == 1
+        assert "Traceback" not in server.log()
+
+
+def test_a_long_step_does_not_keep_a_second_signal_from_ending_requests(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compute, entered, leave = engine._runner.run, threading.Event(), threading.Event()
+
+    def slow(batch: Any) -> Any:
+        entered.set()
+        leave.wait(60)
+        return compute(batch)
+
+    monkeypatch.setattr(engine._runner, "run", slow)
+    ended: list[int] = []
+    monkeypatch.setattr(serve.os, "_exit", lambda code: (ended.append(code), leave.set()))
+
+    async def scenario(url: str) -> None:
+        async with aiohttp.ClientSession() as session:
+            body = {**LONG, "stream": True}
+            asking = asyncio.create_task(session.post(url + COMPLETIONS, json=body))
+            await asyncio.to_thread(entered.wait)
+            for _ in range(2):
+                os.kill(os.getpid(), signal.SIGINT)
+                await asyncio.sleep(0.05)
+            async with await asking as response:
+                assert b"engine_unavailable" in await response.read()
+            assert ended == [128 + signal.SIGINT]
+
+    serving(engine, scenario)
 
 
 def test_a_taken_port_is_found_before_the_model_is_loaded(tiny_model: Callable[..., Path]) -> None:
