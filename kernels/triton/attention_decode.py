@@ -26,6 +26,7 @@ from nybble.kernels.triton.attention_splits import (
 from nybble.kernels.triton.device import FUSED, device_traits
 from nybble.kernels.triton.online_softmax import LOG2_E, attend, padded_seqs, power_scale
 from nybble.kernels.triton.opaque import opaque_zero
+from nybble.kernels.triton.overlap import follow, overlap_options
 
 DECODE_TILE = 64  # keys per step of the inner loop; half if that overfills the registers
 # The block table is loaded ahead of what it points to, so five stages keep two tiles of keys and
@@ -81,13 +82,17 @@ def decode_kernel(
     SHORT: tl.constexpr,
     MIN_SPLIT: tl.constexpr,
     MAX_SPLITS: tl.constexpr,
+    PIECE: tl.constexpr,
+    PIECES: tl.constexpr,
     STAGES: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    follow(OVERLAP)
     each = tl.arange(0, SEQS_PADDED)
     known = each < seqs
     lengths = tl.load(query_start + each + 1, known, 0) - tl.load(query_start + each, known, 0)
     contexts = tl.load(context_lens + each, known, 0)
-    counts = splits_of(lengths, contexts, window, SHORT, MIN_SPLIT, MAX_SPLITS)
+    counts = splits_of(lengths, contexts, window, SHORT, MIN_SPLIT, MAX_SPLITS, PIECE, PIECES)
     splits = tl.where((lengths >= FEWEST) & (lengths <= TOKENS), counts, 0)
     borders = tl.cumsum(splits, 0)
     items = tl.sum(splits, 0) * kv_heads
@@ -234,6 +239,7 @@ def decode(
         SOFTCAP=softcap,
         HAS_SINKS=sinks is not None,
         SEQS_PADDED=padded_seqs(seqs),
+        **overlap_options(q.device),
         **FUSED,
     )
 

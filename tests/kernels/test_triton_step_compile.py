@@ -59,6 +59,17 @@ def test_soft_caps_and_sinks_are_compiled(table: list[dict[str, Any]]) -> None:
         assert {"gemma-2-9b bf16", "gpt-oss-20b bf16"} <= variants
 
 
+def test_kernels_that_overlap_touch_nothing_before_the_one_before_has_ended(
+    table: list[dict[str, Any]],
+) -> None:
+    found = [row for row in table if "overlapping" in row["variant"]]
+    kernels = {"decode", "reduce", "add_rms_norm", "gated", "rotary_store", "sample"}
+    assert {row["kernel"] for row in found} == kernels | {"lora shrink", "lora expand"}
+    assert [row for row in found if row["early"]] == []
+    # The others do not wait.
+    assert all(row["early"] for row in table if "overlapping" not in row["variant"])
+
+
 def test_products_run_on_tensor_cores(table: list[dict[str, Any]]) -> None:
     for row in of(
         table,
