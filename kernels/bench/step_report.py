@@ -105,6 +105,7 @@ class Row:
     registers: per thread.
     shared: bytes of shared memory per block.
     spilled: bytes of local memory per thread.
+    spilled_in_loop: accesses to it in the innermost loop with products.
     tensor_core: tensor-core products.
     wide_loads: 16-byte loads from global memory, asynchronous or not.
     loads: all loads from global memory.
@@ -117,6 +118,7 @@ class Row:
     registers: int
     shared: int
     spilled: int
+    spilled_in_loop: int
     tensor_core: int
     wide_loads: int
     loads: int
@@ -134,6 +136,7 @@ class Row:
             report.registers,
             report.shared,
             report.local,
+            sum(i.opcode.startswith(("LDL", "STL")) for i in report.tensor_core_loop()),
             report.count(*TENSOR_CORE),
             sum(".128" in i.opcode for i in loads),
             len(loads),
@@ -218,14 +221,17 @@ def _attention(
     own = attention_prefill.prefill_splitting(heads.group, 8, heads.dim, 132)
     splitting = attention_splits.Splitting(49, short_tokens, *own)
     for kernel, short in (("decode", False), ("decode of few", True)):
-        constants = attention_decode.decode_constants(*sizes, quantized=quantized, short=short)
-        warps = constants.pop("num_warps")
+        constants = attention_decode.decode_constants(
+            *sizes, capability, quantized=quantized, short=short
+        )
+        warps, registers = constants.pop("num_warps"), constants.pop("maxnreg")
         report = compile_kernel(
             attention_decode.decode_kernel,
             shared | partial,
             {**constants, **single, **splitting.constants},
             capability=capability,
             num_warps=warps,
+            max_registers=registers,
             aligned=aligned,
         )
         yield Row.of(kernel, variant, capability, report)

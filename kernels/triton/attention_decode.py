@@ -23,7 +23,7 @@ from nybble.kernels.triton.attention_splits import (
     splits_of,
     visible_keys,
 )
-from nybble.kernels.triton.device import FUSED, device_traits
+from nybble.kernels.triton.device import FUSED, device_traits, through_registers
 from nybble.kernels.triton.online_softmax import LOG2_E, attend, padded_seqs, power_scale
 from nybble.kernels.triton.opaque import opaque_zero
 from nybble.kernels.triton.overlap import follow, overlap_options
@@ -212,10 +212,15 @@ def decode(
     """Attention of the sequences with one new token; if ``short``, of those with a few."""
     q_heads, dim = q.shape[1:]
     seqs, kv_heads = batch.context_lens.shape[0], k_cache.shape[1]
-    _, multiprocessors, _ = device_traits(q.device)
+    _, multiprocessors, capability = device_traits(q.device)
     resident = programs_at_once(dim, multiprocessors)
     constants = decode_constants(
-        q_heads // kv_heads, dim, k_cache.shape[2], quantized=scales is not None, short=short
+        q_heads // kv_heads,
+        dim,
+        k_cache.shape[2],
+        capability,
+        quantized=scales is not None,
+        short=short,
     )
     decode_kernel[(min(resident, seqs * kv_heads * splitting.max_splits),)](
         q,
@@ -245,12 +250,16 @@ def decode(
 
 
 def decode_constants(
-    group: int, dim: int, block_size: int, *, quantized: bool, short: bool
+    group: int, dim: int, block_size: int, capability: int, *, quantized: bool, short: bool
 ) -> dict[str, int]:
-    """Compile-time constants and launch options of ``decode_kernel`` for a model's sizes."""
+    """Compile-time constants and launch options of ``decode_kernel``; capability: 90 for 9.0."""
     padded = int(triton.next_power_of_2(dim))
     tokens = short_tokens(group, dim) if short else 1
     rows = max(16, int(triton.next_power_of_2(group * tokens)))
+    wide = padded > 128
+    tile = DECODE_TILE // 2 if quantized or wide else DECODE_TILE
+    if short and (quantized if wide else rows == 64 and through_registers(capability)):
+        tile //= 2  # or registers would be spilled
     return {
         "GROUP": group,
         "FEWEST": 2 if short else 1,
@@ -259,8 +268,11 @@ def decode_constants(
         "DIM": dim,
         "DIM_PADDED": padded,
         "BLOCK_SIZE": block_size,
-        "TILE": DECODE_TILE // 2 if quantized or padded > 128 else DECODE_TILE,
+        "TILE": tile,
         "QUANTIZED": quantized,
         "STAGES": DECODE_STAGES,
         "num_warps": 4,
+        # Said in so many words, ptxas finds them without spilling: those of as many programs as
+        # are launched on a multiprocessor, or all that there are.
+        "maxnreg": 255 if wide or rows > 32 else 168,
     }

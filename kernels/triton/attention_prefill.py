@@ -14,11 +14,21 @@ from torch import Tensor
 
 from nybble.kernels.attention_batch import AttentionBatch
 from nybble.kernels.triton.attention_splits import Parts, Splitting, splits_of
-from nybble.kernels.triton.device import FUSED, device_traits
+from nybble.kernels.triton.device import FUSED, device_traits, through_registers
 from nybble.kernels.triton.online_softmax import LOG2_E, attend, padded_seqs, power_scale
 from nybble.kernels.triton.opaque import opaque_zero
 
 PREFILL_ROWS = 128
+
+
+@triton.jit
+def _store_heads(out, row, mask, accumulators, total, DIM: tl.constexpr, PART: tl.constexpr):
+    """The parts of heads at these rows, divided by ``total``."""
+    for part in tl.static_range(len(accumulators)):
+        lane = part * PART + tl.arange(0, PART)
+        result = (accumulators[part] / total).to(out.dtype.element_ty)
+        at = row[:, None] * DIM + lane[None, :]
+        tl.store(out + at, result, mask[:, None] & (lane < DIM)[None, :])
 
 
 @triton.jit(do_not_specialize=["seqs", "window"])
@@ -64,18 +74,22 @@ def prefill_kernel(
     each = tl.arange(0, SEQS_PADDED)
     known = each < seqs
     lengths = tl.load(query_start + each + 1, known, 0) - tl.load(query_start + each, known, 0)
-    contexts = tl.load(context_lens + each, known, 0)
-    counts = splits_of(lengths, contexts, window, SHORT, MIN_SPLIT, MAX_SPLITS, PIECE, PIECES)
-    items = tl.where(lengths > SHORT, (lengths + PIECE - 1) // PIECE * counts, 0)
+    items = tl.where(lengths > SHORT, (lengths + PIECE - 1) // PIECE, 0)
+    if PIECES > 1:
+        contexts = tl.load(context_lens + each, known, 0)
+        counts = splits_of(lengths, contexts, window, SHORT, MIN_SPLIT, MAX_SPLITS, PIECE, PIECES)
+        items *= counts
     item = tl.program_id(0)
     head = tl.program_id(1)
     seq = tl.sum((tl.cumsum(items, 0) <= item).to(tl.int32), 0)
     if seq < seqs:
         item -= tl.sum(tl.where(each < seq, items, 0), 0)
-        count = tl.sum(tl.where(each == seq, counts, 0), 0)
-        split = item % count
+        count, split, stored = 1, 0, 0
+        if PIECES > 1:
+            count = tl.sum(tl.where(each == seq, counts, 0), 0)
+            split = item % count
+            stored = tl.sum(tl.where((each < seq) & (counts > 1), lengths * counts, 0), 0)
         offset = item // count * PIECE
-        stored = tl.sum(tl.where((each < seq) & (counts > 1), lengths * counts, 0), 0)
         begin = tl.load(query_start + seq)
         length = tl.load(query_start + seq + 1) - begin
         context = tl.load(context_lens + seq)
@@ -172,23 +186,16 @@ def prefill_kernel(
         q_head = head * GROUP + row % GROUP
         # Rows past the end of the sequence were computed too, and are not stored.
         mask = (row // GROUP < PIECE) & (local < length)
-        if count == 1:
-            to = (begin + local).to(tl.int64) * kv_heads * GROUP + q_head
-            for part in tl.static_range(PARTS):
-                lane = part * PART + tl.arange(0, PART)
-                result = (accumulators[part] / total[:, None]).to(out.dtype.element_ty)
-                at = to[:, None] * DIM + lane[None, :]
-                tl.store(out + at, result, mask[:, None] & (lane < DIM)[None, :])
-        else:
+        is_part = count > 1 if PIECES > 1 else False
+        if is_part:
             to = stored.to(tl.int64) * kv_heads * GROUP
             to += (local * kv_heads * GROUP + q_head) * count + split
-            for part in tl.static_range(PARTS):
-                lane = part * PART + tl.arange(0, PART)
-                at = to[:, None] * DIM + lane[None, :]
-                inside = mask[:, None] & (lane < DIM)[None, :]
-                tl.store(partial_out + at, accumulators[part], inside)
             tl.store(partial_peak + to, peak, mask)
             tl.store(partial_total + to, total, mask)
+            _store_heads(partial_out, to, mask, accumulators, 1.0, DIM, PART)
+        else:
+            to = (begin + local).to(tl.int64) * kv_heads * GROUP + q_head
+            _store_heads(out, to, mask, accumulators, total[:, None], DIM, PART)
 
 
 def prefill(
@@ -267,9 +274,9 @@ def prefill_constants(
     wide = padded > 128
     # If a product's operands pass through registers, 64 keys do not fit. For wide heads, two stages
     # of 16 keys are all that fits in 99 KiB of shared memory beside the queries.
-    through_registers = capability < 90 or capability >= 120
-    tile = 32 if through_registers or (wide and quantized) else 64
-    if through_registers and wide:
+    slow = through_registers(capability)
+    tile = 32 if slow or (wide and quantized) else 64
+    if slow and wide:
         tile = 16
     # Products of 128 by 256 are shared between warps by column, each of which would then read all
     # queries and weights. Hopper's are asked for by all warps together.
@@ -283,8 +290,8 @@ def prefill_constants(
         "TILE": tile,
         "PARTS": 1 if whole else 2,
         # By count: there, and there alone, it takes more registers than it saves.
-        "ANEW": not (through_registers and padded == 128),
+        "ANEW": not (slow and padded == 128),
         "QUANTIZED": quantized,
-        "STAGES": 5 if through_registers else 3,
+        "STAGES": 5 if slow else 3,
         "num_warps": 8,
     }
