@@ -522,7 +522,7 @@ def test_8_bit_caches_are_attended_as_they_stand(kept: torch.dtype) -> None:
 
 
 def test_a_sequence_is_attended_alike_in_any_company() -> None:
-    lengths = [(700, 1), (20, 9), (1100, 4), (33, 1), (1100, 40), (64, 64), (1500, 70)]
+    lengths = [(700, 1), (20, 9), (1100, 4), (33, 1), (1100, 70), (64, 64)]
     batch, keys, values = paged(lengths, 2, 32, 16, torch.float16)
     q = random(sum(new for _, new in lengths), 4, 32, dtype=torch.float16)
     together = attention.paged_attention(q, keys, values, batch, 0.2)
