@@ -349,7 +349,8 @@ def packed_matmul(
     if rows == 0:
         return out
     can_overlap = x.is_cuda and device_traits(x.device)[2] >= 90
-    overlap = (c.overlap and can_overlap) or overlaps(x.device)
+    # Blocks of many rows would spill registers for it, and run long enough.
+    overlap = (c.overlap and can_overlap) or (overlaps(x.device) and c.block_m <= 64)
     if c.parts > 1:
         few_rows_matmul(flat, weight, out, c, overlap, activation)
         return out
