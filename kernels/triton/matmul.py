@@ -167,7 +167,7 @@ def matmul_kernel(
     x_row = tl.minimum(m, rows - 1) if JOINED else m
     x_at = x + x_row[None, :] * columns + x_k[:, None]
 
-    if OVERLAP:
+    if OVERLAP and not INTERPRETED:
         # Weights do not depend on the kernel before: fetch the first ones while it finishes.
         # Everything else is accessed only after it.
         row_at = qweight + (tile * steps * TILE_N + n % TILE_N) * SLICE
@@ -220,7 +220,7 @@ def matmul_kernel(
             w3 = shifted(w3, z3, HAS_ZEROS, CENTRE)
             acc = add_scaled_products(acc, (w0, w1, w2, w3), xs, now, SETS)
 
-    if OVERLAP:
+    if OVERLAP and not INTERPRETED:
         tl.extra.cuda.gdc_launch_dependents()
     # Recomputed in crowded blocks: values needed only at the end would stay in registers.
     zero = opaque_zero() if CROWDED else 0
