@@ -224,7 +224,7 @@ def _attention(
         constants = attention_decode.decode_constants(
             *sizes, capability, quantized=quantized, short=short
         )
-        warps, registers = constants.pop("num_warps"), constants.pop("maxnreg")
+        warps, registers = constants.pop("num_warps"), attention_decode.max_registers(constants)
         report = compile_kernel(
             attention_decode.decode_kernel,
             shared | partial,

@@ -241,6 +241,7 @@ def decode(
         window,
         **constants,
         **splitting.constants,
+        maxnreg=max_registers(constants),
         SOFTCAP=softcap,
         HAS_SINKS=sinks is not None,
         SEQS_PADDED=padded_seqs(seqs),
@@ -272,7 +273,13 @@ def decode_constants(
         "QUANTIZED": quantized,
         "STAGES": DECODE_STAGES,
         "num_warps": 4,
-        # Said in so many words, ptxas finds them without spilling: those of as many programs as
-        # are launched on a multiprocessor, or all that there are.
-        "maxnreg": 255 if wide or rows > 32 else 168,
     }
+
+
+def max_registers(constants: dict[str, int]) -> int | None:
+    """How many registers a thread may take; None leaves it to the compiler.
+
+    Of wide heads and of many rows two programs fit on a multiprocessor. ptxas would spill some
+    registers to fit three, unless it is told that all may be used.
+    """
+    return 255 if constants["DIM_PADDED"] > 128 or constants["ROWS"] > 32 else None
