@@ -81,7 +81,9 @@ def weight_bytes(
                 total += header.elements * _FOUR_BITS
             else:
                 total += _loaded(header, torch.float32 if header.name in wide else dtype)
-    if head and _HEAD not in headers:  # was tied to the embedding; a quantized head is separate
+    own = _HEAD.removesuffix("weight")
+    if head and not any(name.startswith(own) for name in headers):
+        # Was tied to the embedding; a quantized head is separate.
         tied = (h for name, h in headers.items() if name.endswith(_EMBEDDING))
         total += sum(_int8_bytes(h.shape) for h in tied)
     return round(total)

@@ -14,13 +14,30 @@ from nybble.kernels import DenseWeight, PackedWeight
 from nybble.kernels.packed import round_to_int8
 from nybble.loaders import Checkpoint, CheckpointError
 from nybble.loaders.checkpoint import Weight, can_be_rounded
+from nybble.models import architecture_of
 from nybble.quantizers.codebook import quantize_codebook
 
 InFlightFormat = Literal["nf4"]  # what `--quantize` offers
+HeadFormat = Literal["auto", "int8", "16bit"]  # and `--head`
 
 _EMBEDDING = "model.embed_tokens.weight"
 _HEAD = "lm_head"
 _HEAD_GROUP_SIZE = 128
+
+
+def head_format(
+    source: Checkpoint, layers: InFlightFormat | None, head: HeadFormat
+) -> Literal["int8"] | None:
+    """How the output layer of ``source`` is kept; None for as it is.
+
+    auto: in 8 bits beside layers in fewer than 16, if its inputs can be divided into groups. A
+    model in 16 bits stays as it is, and so does what is packed already.
+    """
+    if head == "auto" and source.format != "packed":
+        rounded = layers is not None or not can_be_rounded(source)
+        fits = architecture_of(source.config).hidden % _HEAD_GROUP_SIZE == 0
+        return "int8" if rounded and fits else None
+    return "int8" if head == "int8" else None
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ from nybble.model_name import DEMO
 from nybble.models import architecture_of
 from nybble.quantizers import InFlight, merge_adapter, quantize_checkpoint
 from nybble.quantizers.corpus import MERGE_CALIBRATION, text_tokens
-from nybble.quantizers.in_flight import InFlightFormat
+from nybble.quantizers.in_flight import HeadFormat, InFlightFormat, head_format
 from nybble.quantizers.packed_cache import Origin, keep, reserved
 
 logger = logging.getLogger(__name__)
@@ -50,7 +50,7 @@ def rounded_parts(
     name: str,
     source: Checkpoint,
     quantize: InFlightFormat | None = None,
-    head: Literal["int8"] | None = None,
+    head: HeadFormat = "16bit",
 ) -> tuple[Literal["4bit"] | None, Literal["int8"] | None]:
     """Which layers of ``source``, called ``name``, and whether its head are rounded on the way.
 
@@ -58,7 +58,7 @@ def rounded_parts(
     """
     if _is_demo(name, source, quantize):
         return "4bit", "int8"
-    return "4bit" if quantize else None, head
+    return "4bit" if quantize else None, head_format(source, quantize, head)
 
 
 def _is_demo(name: str, source: Checkpoint, quantize: InFlightFormat | None) -> bool:
@@ -71,14 +71,15 @@ def prepare_checkpoint(
     device: torch.device,
     aliases: Path | None = None,
     quantize: InFlightFormat | None = None,
-    head: Literal["int8"] | None = None,
+    head: HeadFormat = "16bit",
     adapter: str | None = None,
     check: Callable[[Checkpoint], None] = lambda source: None,
     progress: Progress = True,
 ) -> Checkpoint:
     """Resolve ``name``, pack it into the cache unless it is there, and open it.
 
-    quantize and head: what to round while reading, see :class:`nybble.quantizers.InFlight`.
+    quantize and head: what to round while reading, see :class:`nybble.quantizers.InFlight` and
+        :func:`nybble.quantizers.in_flight.head_format`.
     adapter: a folder or hub name of what to merge first, in the model's own format, a 4-bit one
         calibrated on Python's sources.
     check: called with the model as it is stored before anything is computed; what it raises ends
@@ -91,7 +92,7 @@ def prepare_checkpoint(
     folder = source.folder
     check(source)
     if source.format == "packed":
-        if quantize or head or adapter:
+        if quantize or head == "int8" or adapter:
             raise ValueError(f"{folder} is packed already: give the model it was packed from")
         return source
     lora = own = None
@@ -99,12 +100,11 @@ def prepare_checkpoint(
         own = resolve_adapter(adapter)
         lora = load_adapter(own, architecture_of(source.config))
     demo = _is_demo(name, source, quantize)
-    if demo:
-        head = "int8"
-    if source.format == "none" and not (quantize or head or lora):
+    rounded = "int8" if demo else head_format(source, quantize, head)
+    if source.format == "none" and not (quantize or rounded or lora):
         return source
     layout = preferred_layout(device)
-    recipe = _recipe("demo" if demo else quantize, head)
+    recipe = _recipe("demo" if demo else quantize, rounded)
     if own is not None:
         rounding = "" if source.format == "none" else ", calibrated"
         recipe += f", adapter={content_digest(own)}{rounding}"
@@ -118,8 +118,8 @@ def prepare_checkpoint(
                 source = open_checkpoint(folder)
             if demo:
                 source = stack.enter_context(_demo_in_gptq(folder, packed, progress))
-            if quantize or head:
-                source = InFlight(source, layers=quantize, head=head)
+            if quantize or rounded:
+                source = InFlight(source, layers=quantize, head=rounded)
             try:
                 save_packed(source, packed, layout=layout, progress=progress)
             except OSError as error:

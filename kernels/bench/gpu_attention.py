@@ -131,7 +131,9 @@ def time_prefill(section: Section) -> None:
     dtype = section.dtype
     print(f"prefill attention, {q_heads}/{kv_heads}×{dim}: µs (share of the bf16 matrix rate)")
     results: list[dict[str, Any]] = []
-    for context, new in ((40, 40),) if dry else ((2048, 2048), (8192, 8192), (8192, 512)):
+    for context, new in (
+        ((40, 40),) if dry else ((2048, 2048), (8192, 8192), (8192, 512), (32768, 128))
+    ):
         batch, keys, values = paged([(context, new)], kv_heads, dim, dtype, device)
         q = torch.randn(new, q_heads, dim, dtype=dtype, device=device)
         call = partial(attention.paged_attention, q, keys, values, batch, dim**-0.5)

@@ -1,8 +1,8 @@
 """Decode of a 4-bit model with the sizes of Llama-2-13B, through the engine's runner and sampler.
 
-Measures eager steps and CUDA graphs, with 16-bit and 8-bit KV caches. Reports tokens per second of
-wall time, and `floor`, the time needed to move the weights and the KV cache at the copy bandwidth.
-Captured steps are checked against eager ones first.
+Measures eager steps and CUDA graphs, with 16-bit and 8-bit KV caches, and with kernels that
+overlap. Reports tokens per second of wall time, and `floor`, the time needed to move the weights
+and the KV cache at the copy bandwidth. Captured steps are checked against eager ones first.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from nybble.engine.scheduler import ScheduledSequence
 from nybble.engine.sequence import BlockTable, Sequence
 from nybble.kernels import DenseWeight, PackedWeight
 from nybble.kernels.bench.gpu_matmul import random_packed
+from nybble.kernels.triton import overlap
 from nybble.kernels.triton.warmup import warmup
 
 
@@ -171,6 +172,11 @@ def run(section: Section) -> None:
             f"capture, {kv_dtype}", partial(capture, section, runner, sizes, context, room)
         )
         section.attempt(f"captured decode, {kv_dtype}", partial(measure, True))
+        if kv_dtype == "auto":
+            section.attempt(
+                "overlapping kernels",
+                partial(measure_overlapping, section, runner, sizes, context, room, measure),
+            )
         del runner, measure
         if not dry:
             torch.cuda.empty_cache()
@@ -198,6 +204,23 @@ def capture(
     section.holds("and the first ones again", torch.equal(found, runner.run(three)))
 
 
+def measure_overlapping(
+    section: Section,
+    runner: ModelRunner,
+    sizes: tuple[int, ...],
+    context: int,
+    room: int,
+    measure: Callable[[bool], None],
+) -> None:
+    """Captured steps whose kernels begin while the one before is finishing, off by default."""
+    overlap.OVERLAP = True
+    try:
+        capture(section, runner, sizes, context, room)
+        measure(True)
+    finally:
+        overlap.OVERLAP = False
+
+
 def measure_steps(
     section: Section,
     runner: ModelRunner,
@@ -211,6 +234,7 @@ def measure_steps(
     results: list[dict[str, Any]],
 ) -> None:
     how = "CUDA graphs" if captured else "eager"
+    how += ", overlapping kernels" * overlap.OVERLAP
     architecture = runner.decoder.architecture
     print(
         f"decode, {how}, {config.kv_dtype} KV, {len(architecture.layers)} layers, "
@@ -236,7 +260,8 @@ def measure_steps(
             flush=True,
         )
         entry = {"batch": size, "s": median, "floor": floor, "tokens/s": size / median}
-        results.append({"graphs": captured, "kv": config.kv_dtype, **entry})
+        kinds = {"graphs": captured, "overlap": overlap.OVERLAP, "kv": config.kv_dtype}
+        results.append(kinds | entry)
         section.keep("decode", results)
 
 

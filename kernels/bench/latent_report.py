@@ -76,6 +76,7 @@ def row(case: Case) -> Row:
         types = batch | {"out": half} | parts
         types |= dict.fromkeys(("seqs", "q_heads", "window"), "i32")
         constants |= attention_splits.reduce_constants(_LATENT, _SPLITTING) | {"SEQS_PADDED": 64}
+        constants |= {"OVERLAP": False}
     else:
         decode = case.kernel == "latent decode"
         kernel = (

@@ -54,6 +54,8 @@ _HEADS = {
     "gemma-2-27b": Heads(2, 128, softcap=50.0),
     "gpt-oss-20b": Heads(8, 64, sinks=True),
 }
+# Instructions that access global memory.
+_GLOBAL = ("LDG", "STG", "ATOM", "RED", "LD.", "ST.")
 # The dtype of the activations, and of the KV cache if it is another; e4m3 needs sm_89.
 _CACHES = {
     "fp16": ("*fp16", None),
@@ -103,9 +105,11 @@ class Row:
     registers: per thread.
     shared: bytes of shared memory per block.
     spilled: bytes of local memory per thread.
+    spilled_in_loop: accesses to it in the innermost loop with products.
     tensor_core: tensor-core products.
     wide_loads: 16-byte loads from global memory, asynchronous or not.
     loads: all loads from global memory.
+    early: accesses to global memory before the wait for the kernel before; all if there is none.
     """
 
     kernel: str
@@ -114,13 +118,17 @@ class Row:
     registers: int
     shared: int
     spilled: int
+    spilled_in_loop: int
     tensor_core: int
     wide_loads: int
     loads: int
+    early: int
 
     @classmethod
     def of(cls, kernel: str, variant: str, capability: int, report: Report) -> Row:
         loads = [i for i in report.instructions if i.opcode.startswith(("LDG", "LDGSTS"))]
+        waits = [i.address for i in report.instructions if i.opcode.startswith("ACQBULK")]
+        accesses = [i for i in report.instructions if i.opcode.startswith(_GLOBAL)]
         return cls(
             kernel,
             variant,
@@ -128,9 +136,11 @@ class Row:
             report.registers,
             report.shared,
             report.local,
+            sum(i.opcode.startswith(("LDL", "STL")) for i in report.tensor_core_loop()),
             report.count(*TENSOR_CORE),
             sum(".128" in i.opcode for i in loads),
             len(loads),
+            sum(not waits or i.address < waits[0] for i in accesses),
         )
 
 
@@ -155,6 +165,16 @@ def rows(capability: int, quick: bool = False) -> Iterator[Row]:
             yield from _lora(half, max_rank, lora.ROWS, capability, routed=True)
     if not quick or capability == 90:
         yield from _elementwise(half, capability)
+    if capability >= 90 and (not quick or capability == 90):
+        yield from overlapping(capability)
+
+
+def overlapping(capability: int) -> Iterator[Row]:
+    """The kernels of a decode step as they are launched while the one before is finishing."""
+    half, variant = "*bf16", "llama-3-8b bf16, overlapping"
+    yield from _attention(variant, _HEADS["llama-3-8b"], half, capability, None, True, True)
+    yield from _lora(half, 16, 16, capability, overlap=True)
+    yield from _elementwise(half, capability, overlap=True)
 
 
 def _all_rows(capability: int, quick: bool) -> list[Row]:
@@ -162,8 +182,15 @@ def _all_rows(capability: int, quick: bool) -> list[Row]:
 
 
 def _attention(
-    variant: str, heads: Heads, half: str, capability: int, kv: str | None, quick: bool
+    variant: str,
+    heads: Heads,
+    half: str,
+    capability: int,
+    kv: str | None,
+    quick: bool,
+    overlap: bool = False,
 ) -> Iterator[Row]:
+    """overlap: of the kernels of single tokens alone, as they overlap with others."""
     int32, fp32 = "*i32", "*fp32"
     quantized = kv is not None
     shared = {
@@ -187,29 +214,38 @@ def _attention(
     partial = {"partial_out": fp32, "partial_peak": fp32, "partial_total": fp32}
     aligned = ("table_stride", "q_stride")
     variants = {"SOFTCAP": heads.softcap, "HAS_SINKS": heads.sinks, "SEQS_PADDED": 64}
+    single = {**variants, "OVERLAP": overlap}
     sizes = heads.group, heads.dim, 16
     short_tokens = attention_decode.short_tokens(heads.group, heads.dim)
-    splitting = attention_splits.Splitting(49, short_tokens)
+    # Of an H100 and a model with 8 KV heads.
+    own = attention_prefill.prefill_splitting(heads.group, 8, heads.dim, 132)
+    splitting = attention_splits.Splitting(49, short_tokens, *own)
     for kernel, short in (("decode", False), ("decode of few", True)):
-        constants = attention_decode.decode_constants(*sizes, quantized=quantized, short=short)
-        warps = constants.pop("num_warps")
+        constants = attention_decode.decode_constants(
+            *sizes, capability, quantized=quantized, short=short
+        )
+        warps, registers = constants.pop("num_warps"), attention_decode.max_registers(constants)
         report = compile_kernel(
             attention_decode.decode_kernel,
             shared | partial,
-            {**constants, **variants, **splitting.constants},
+            {**constants, **single, **splitting.constants},
             capability=capability,
             num_warps=warps,
+            max_registers=registers,
             aligned=aligned,
         )
         yield Row.of(kernel, variant, capability, report)
+        if overlap:
+            yield _reduce(variant, heads, half, capability, splitting)
+            return
         if quick and variant in _QUICK_DECODE:
             return
     constants = attention_prefill.prefill_constants(*sizes, capability, quantized=quantized)
     warps = constants.pop("num_warps")
     report = compile_kernel(
         attention_prefill.prefill_kernel,
-        shared,
-        {**constants, **variants, "SHORT": short_tokens},
+        shared | partial,
+        {**constants, **variants, **splitting.constants},
         capability=capability,
         num_warps=warps,
         aligned=aligned,
@@ -228,6 +264,28 @@ def _attention(
         aligned=aligned,
     )
     yield Row.of("spans", variant, capability, report)
+
+
+def _reduce(
+    variant: str,
+    heads: Heads,
+    half: str,
+    capability: int,
+    splitting: attention_splits.Splitting,
+) -> Row:
+    """What combines the splits of single tokens, as it overlaps with other kernels."""
+    types = dict.fromkeys(("query_start", "context_lens"), "*i32") | {"out": half}
+    types |= dict.fromkeys(("partial_out", "partial_peak", "partial_total"), "*fp32")
+    constants = attention_splits.reduce_constants(heads.dim, splitting)
+    warps = constants.pop("num_warps")
+    report = compile_kernel(
+        attention_splits.reduce_kernel,
+        types | dict.fromkeys(("seqs", "q_heads", "window"), "i32"),
+        constants | {"SEQS_PADDED": 64, "OVERLAP": True},
+        capability=capability,
+        num_warps=warps,
+    )
+    return Row.of("reduce", variant, capability, report)
 
 
 def _fixed_order(kind: str, capability: int) -> Row:
@@ -270,7 +328,12 @@ def _fixed_order(kind: str, capability: int) -> Row:
 
 
 def _lora(
-    half: str, max_rank: int, rows_: int, capability: int, routed: bool = False
+    half: str,
+    max_rank: int,
+    rows_: int,
+    capability: int,
+    routed: bool = False,
+    overlap: bool = False,
 ) -> Iterator[Row]:
     """routed: on experts, whose rows were sorted on the device."""
     found = dict.fromkeys(("order", "starts", "slots"), "*i32")
@@ -282,8 +345,9 @@ def _lora(
         "RANK_PADDED": max_rank,
         "SEGMENTS": 16 if routed else 64,
         "ROWS": rows_,
+        "OVERLAP": overlap,
     } | ({} if routed else {"ends": None})
-    variant = f"rank {max_rank}, {rows_} rows" + (", routed" if routed else "")
+    variant = f"rank {max_rank}, {rows_} rows" + ", routed" * routed + ", overlapping" * overlap
     report = compile_kernel(
         lora.shrink_kernel,
         {"x": half, "table": "*i64", **found, "partial": "*fp32"} | counts | {"width": "i32"},
@@ -307,7 +371,8 @@ def _lora(
     yield Row.of("lora expand", variant, capability, report)
 
 
-def _elementwise(half: str, capability: int) -> Iterator[Row]:
+def _elementwise(half: str, capability: int, overlap: bool = False) -> Iterator[Row]:
+    last = ", overlapping" * overlap
     for width, per_program, offset in ((5120, 1, None), (128, 16, None), (5120, 1, 1.0)):
         warps = 16 if per_program == 1 else 4
         report = compile_kernel(
@@ -319,21 +384,22 @@ def _elementwise(half: str, capability: int) -> Iterator[Row]:
                 "HAS_RESIDUAL": True,
                 "ROWS": per_program,
                 "WIDTH": 8192 if per_program == 1 else 128,
+                "OVERLAP": overlap,
             },
             capability=capability,
             num_warps=warps,
             aligned=("width", "stride"),
         )
-        yield Row.of("add_rms_norm", f"width {width}, offset {offset}", capability, report)
+        yield Row.of("add_rms_norm", f"width {width}, offset {offset}{last}", capability, report)
     for name in ACTIVATIONS:
         report = compile_kernel(
             activation.gated_kernel,
-            {"gate_up": half, "out": half, "width": "i32"},
-            {"ACTIVATION": name, "TILE": 1024},
+            {"gate_up": half, "out": half, "width": "i32", "stride": "i32"},
+            {"ACTIVATION": name, "TILE": 1024, "OVERLAP": overlap},
             capability=capability,
-            aligned=("width",),
+            aligned=("width", "stride"),
         )
-        yield Row.of("gated", name, capability, report)
+        yield Row.of("gated", name + last, capability, report)
     arrays = dict.fromkeys(("q", "k", "v", "k_cache", "v_cache"), half)
     strides = ("q_stride", "k_stride", "v_stride")
     for dim, rotary_dim, interleaved in ((128, 128, False), (256, 128, True)):
@@ -344,22 +410,24 @@ def _elementwise(half: str, capability: int) -> Iterator[Row]:
             | dict.fromkeys(("k_scales", "v_scales"), half)
             | {"cos": "*fp32", "sin": "*fp32", "slot_mapping": "*i64"}
             | dict.fromkeys((*strides, "q_heads", "kv_heads"), "i32"),
-            constants | {"BLOCK_SIZE": 16, "INTERLEAVED": interleaved, "QUANTIZED": False},
+            constants
+            | {"BLOCK_SIZE": 16, "INTERLEAVED": interleaved, "QUANTIZED": False}
+            | {"OVERLAP": overlap},
             capability=capability,
             aligned=strides,
         )
         variant = f"head_dim {dim}, {rotary_dim} rotated" + ", interleaved" * interleaved
-        yield Row.of("rotary_store", variant, capability, report)
+        yield Row.of("rotary_store", variant + last, capability, report)
     report = compile_kernel(
         sampling.sample_kernel,
         {"logits": "*fp32", "choices": "*fp64", "tokens": "*i64", "vocab": "i32", "stride": "i32"}
         | {"kept": "*fp32", "columns": "*i32"},
-        sampling.sampling_constants(),
+        sampling.sampling_constants() | {"OVERLAP": overlap},
         capability=capability,
         num_warps=sampling.WARPS,
         aligned=("vocab", "stride"),
     )
-    yield Row.of("sample", "", capability, report)
+    yield Row.of("sample", last[2:], capability, report)
 
 
 def main() -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from nybble.kernels.activation import Activation, check_activation
 from nybble.kernels.triton.device import FUSED
+from nybble.kernels.triton.overlap import follow, overlap_options
 
 _TILE = 1024
 
@@ -40,23 +41,42 @@ def times_up(gate, up, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def gated_kernel(gate_up, out, width, ACTIVATION: tl.constexpr, TILE: tl.constexpr):
+def gated_kernel(
+    gate_up,
+    out,
+    width,
+    stride,
+    ACTIVATION: tl.constexpr,
+    TILE: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    follow(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * TILE + tl.arange(0, TILE)
     mask = column < width
     gate = tl.load(gate_up + row * 2 * width + column, mask, 0.0)
     up = tl.load(gate_up + row * 2 * width + width + column, mask, 0.0)
-    tl.store(out + row * width + column, times_up(gate, up, ACTIVATION), mask)
+    tl.store(out + row * stride + column, times_up(gate, up, ACTIVATION), mask)
 
 
-def gated(gate_up: Tensor, activation: Activation) -> Tensor:
-    """See :func:`nybble.kernels.reference.gated`."""
+def gated(gate_up: Tensor, activation: Activation, out: Tensor | None = None) -> Tensor:
+    """See :func:`nybble.kernels.reference.gated`. out: where to, some columns of a matrix."""
     check_activation(activation)
     gate_up = gate_up.contiguous()
     width = gate_up.shape[-1] // 2
     rows = gate_up.numel() // (2 * width)
-    out = gate_up.new_empty(*gate_up.shape[:-1], width)
+    if out is None:
+        out = gate_up.new_empty(*gate_up.shape[:-1], width)
+    stride = out.stride(0) if out.dim() == 2 else width
     gated_kernel[(rows, triton.cdiv(width, _TILE))](
-        gate_up, out, width, ACTIVATION=activation, TILE=_TILE, num_warps=4, **FUSED
+        gate_up,
+        out,
+        width,
+        stride,
+        ACTIVATION=activation,
+        TILE=_TILE,
+        num_warps=4,
+        **overlap_options(out.device),
+        **FUSED,
     )
     return out

@@ -19,17 +19,17 @@ from nybble.kernels.triton.attention_decode import (
     programs_at_once,
     short_tokens,
 )
-from nybble.kernels.triton.attention_prefill import prefill
+from nybble.kernels.triton.attention_prefill import prefill, prefill_splitting
 from nybble.kernels.triton.attention_splits import Splitting, batches_of, reduce
 from nybble.kernels.triton.device import device_traits
 
 
 def splitting_of(q_heads: int, kv_heads: int, dim: int, multiprocessors: int) -> Splitting:
     """How the keys of a model with such heads are split on such a device."""
-    return Splitting(
-        max_splits(kv_heads, programs_at_once(dim, multiprocessors)),
-        short_tokens(q_heads // kv_heads, dim),
-    )
+    group = q_heads // kv_heads
+    most = max_splits(kv_heads, programs_at_once(dim, multiprocessors))
+    piece, pieces = prefill_splitting(group, kv_heads, dim, multiprocessors)
+    return Splitting(most, short_tokens(group, dim), piece, min(pieces, most))
 
 
 def paged_attention(
@@ -56,7 +56,7 @@ def paged_attention(
     for few, parts in batches_of(batch, splitting, q, dim):
         inputs = q, k_cache, v_cache, scales, few, scale, window, softcap, sinks, out
         if few.may_have(splitting.short + 1):
-            prefill(*inputs, splitting.short)
+            prefill(*inputs, parts, splitting)
         if splitting.short > 1 and few.may_have(2, splitting.short):
             decode(*inputs, parts, splitting, short=True)
         if few.may_have(1, 1):

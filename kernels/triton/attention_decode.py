@@ -23,9 +23,10 @@ from nybble.kernels.triton.attention_splits import (
     splits_of,
     visible_keys,
 )
-from nybble.kernels.triton.device import FUSED, device_traits
+from nybble.kernels.triton.device import FUSED, device_traits, through_registers
 from nybble.kernels.triton.online_softmax import LOG2_E, attend, padded_seqs, power_scale
 from nybble.kernels.triton.opaque import opaque_zero
+from nybble.kernels.triton.overlap import follow, overlap_options
 
 DECODE_TILE = 64  # keys per step of the inner loop; half if that overfills the registers
 # The block table is loaded ahead of what it points to, so five stages keep two tiles of keys and
@@ -81,13 +82,17 @@ def decode_kernel(
     SHORT: tl.constexpr,
     MIN_SPLIT: tl.constexpr,
     MAX_SPLITS: tl.constexpr,
+    PIECE: tl.constexpr,
+    PIECES: tl.constexpr,
     STAGES: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    follow(OVERLAP)
     each = tl.arange(0, SEQS_PADDED)
     known = each < seqs
     lengths = tl.load(query_start + each + 1, known, 0) - tl.load(query_start + each, known, 0)
     contexts = tl.load(context_lens + each, known, 0)
-    counts = splits_of(lengths, contexts, window, SHORT, MIN_SPLIT, MAX_SPLITS)
+    counts = splits_of(lengths, contexts, window, SHORT, MIN_SPLIT, MAX_SPLITS, PIECE, PIECES)
     splits = tl.where((lengths >= FEWEST) & (lengths <= TOKENS), counts, 0)
     borders = tl.cumsum(splits, 0)
     items = tl.sum(splits, 0) * kv_heads
@@ -207,10 +212,15 @@ def decode(
     """Attention of the sequences with one new token; if ``short``, of those with a few."""
     q_heads, dim = q.shape[1:]
     seqs, kv_heads = batch.context_lens.shape[0], k_cache.shape[1]
-    _, multiprocessors, _ = device_traits(q.device)
+    _, multiprocessors, capability = device_traits(q.device)
     resident = programs_at_once(dim, multiprocessors)
     constants = decode_constants(
-        q_heads // kv_heads, dim, k_cache.shape[2], quantized=scales is not None, short=short
+        q_heads // kv_heads,
+        dim,
+        k_cache.shape[2],
+        capability,
+        quantized=scales is not None,
+        short=short,
     )
     decode_kernel[(min(resident, seqs * kv_heads * splitting.max_splits),)](
         q,
@@ -231,20 +241,26 @@ def decode(
         window,
         **constants,
         **splitting.constants,
+        maxnreg=max_registers(constants),
         SOFTCAP=softcap,
         HAS_SINKS=sinks is not None,
         SEQS_PADDED=padded_seqs(seqs),
+        **overlap_options(q.device),
         **FUSED,
     )
 
 
 def decode_constants(
-    group: int, dim: int, block_size: int, *, quantized: bool, short: bool
+    group: int, dim: int, block_size: int, capability: int, *, quantized: bool, short: bool
 ) -> dict[str, int]:
-    """Compile-time constants and launch options of ``decode_kernel`` for a model's sizes."""
+    """Compile-time constants and launch options of ``decode_kernel``; capability: 90 for 9.0."""
     padded = int(triton.next_power_of_2(dim))
     tokens = short_tokens(group, dim) if short else 1
     rows = max(16, int(triton.next_power_of_2(group * tokens)))
+    wide = padded > 128
+    tile = DECODE_TILE // 2 if quantized or wide else DECODE_TILE
+    if short and (quantized if wide else rows == 64 and through_registers(capability)):
+        tile //= 2  # or registers would be spilled
     return {
         "GROUP": group,
         "FEWEST": 2 if short else 1,
@@ -253,8 +269,17 @@ def decode_constants(
         "DIM": dim,
         "DIM_PADDED": padded,
         "BLOCK_SIZE": block_size,
-        "TILE": DECODE_TILE // 2 if quantized or padded > 128 else DECODE_TILE,
+        "TILE": tile,
         "QUANTIZED": quantized,
         "STAGES": DECODE_STAGES,
         "num_warps": 4,
     }
+
+
+def max_registers(constants: dict[str, int]) -> int | None:
+    """How many registers a thread may take; None leaves it to the compiler.
+
+    Of wide heads and of many rows two programs fit on a multiprocessor. ptxas would spill some
+    registers to fit three, unless it is told that all may be used.
+    """
+    return 255 if constants["DIM_PADDED"] > 128 or constants["ROWS"] > 32 else None

@@ -339,7 +339,5 @@ def fixed_constants(
     constants = prefill_constants(group, dim, block_size, capability, quantized=quantized)
     del constants["ANEW"]
     # Two sums are kept, of a span and of those before. Half the rows leave registers for both.
-    if dim > 64:
-        rows = max(64, int(triton.next_power_of_2(group)))
-        constants |= {"ROWS": rows, "TOKENS": rows // group}
-    return constants
+    rows = constants["ROWS"] if dim <= 64 else max(64, int(triton.next_power_of_2(group)))
+    return constants | {"ROWS": rows, "TOKENS": rows // group}

@@ -154,13 +154,15 @@ def latent_decode_kernel(
     SHORT: tl.constexpr,
     MIN_SPLIT: tl.constexpr,
     MAX_SPLITS: tl.constexpr,
+    PIECE: tl.constexpr,
+    PIECES: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     each = tl.arange(0, SEQS_PADDED)
     known = each < seqs
     lengths = tl.load(query_start + each + 1, known, 0) - tl.load(query_start + each, known, 0)
     contexts = tl.load(context_lens + each, known, 0)
-    counts = splits_of(lengths, contexts, 0, SHORT, MIN_SPLIT, MAX_SPLITS)
+    counts = splits_of(lengths, contexts, 0, SHORT, MIN_SPLIT, MAX_SPLITS, PIECE, PIECES)
     splits = tl.where(lengths <= SHORT, lengths * counts, 0)  # of all its tokens
     borders = tl.cumsum(splits, 0)
     groups = tl.cdiv(heads, GROUP)

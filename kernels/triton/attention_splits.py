@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 
 import torch
 import triton
@@ -23,11 +24,13 @@ from torch import Tensor
 from nybble.kernels.attention_batch import AttentionBatch
 from nybble.kernels.triton.device import FUSED, device_traits
 from nybble.kernels.triton.online_softmax import padded_seqs
+from nybble.kernels.triton.overlap import follow, overlap_options
 
 # A split has at least this many keys: below it, the second stage costs more than splitting saves.
+# Those of several new tokens have twice as many at least, because they store more.
 MIN_SPLIT = 256
 # The most new tokens of a sequence that is decoded, if a program has rows for them: a draft's, or a
-# short turn's. Such splits have twice as many keys at least, because they store more.
+# short turn's.
 SHORT = 16
 PARTS = 256 << 20  # bytes of unnormalised outputs that exist at a time
 _REDUCERS = 8  # programs of the second kernel on a multiprocessor
@@ -38,15 +41,36 @@ class Splitting:
     """Into how many splits sequences are cut, on one device and for one model.
 
     max_splits: of a long context. One sequence that is decoded alone keeps every program busy.
-    short: the most new tokens of a sequence that is decoded. Longer ones are not split.
+    short: the most new tokens of a sequence that is decoded. Longer ones are prefilled:
+    piece: new tokens that a program of prefill takes.
+    pieces: such programs, for one KV head, that keep the device busy; at most ``max_splits``. A
+        sequence with fewer is split until it has as many. 1: none is.
     """
 
     max_splits: int
     short: int
+    piece: int = 1
+    pieces: int = 1
 
     def most(self, rows: int) -> int:
         """Splits of a sequence with as many new tokens and a long context."""
-        return self.max_splits if rows <= self.short else 1
+        return self.max_splits if rows <= self.short else max(1, self.pieces // self._pieces(rows))
+
+    def programs(self, rows: int) -> int:
+        """Programs of prefill, for one KV head, that such a sequence may have."""
+        return self._pieces(rows) * self.most(rows) if rows > self.short else 0
+
+    def parts(self, rows: int) -> int:
+        """Parts that such a sequence may have, for one query head."""
+        return rows * self.most(rows) if self.most(rows) > 1 else 0
+
+    def worst(self, rows: int) -> int:
+        """Of as many new tokens or fewer, how many may have the most parts."""
+        ends = (count * self.piece for count in range(1, self.pieces // 2 + 1))
+        return max((min(rows, end) for end in (self.short, *ends)), key=self.parts)
+
+    def _pieces(self, rows: int) -> int:
+        return -(-rows // self.piece)
 
     @property
     def constants(self) -> dict[str, int]:
@@ -55,6 +79,8 @@ class Splitting:
             "SHORT": self.short,
             "MIN_SPLIT": MIN_SPLIT,
             "MAX_SPLITS": self.max_splits,
+            "PIECE": self.piece,
+            "PIECES": self.pieces,
         }
 
 
@@ -72,11 +98,18 @@ def splits_of(
     SHORT: tl.constexpr,
     MIN_SPLIT: tl.constexpr,
     MAX_SPLITS: tl.constexpr,
+    PIECE: tl.constexpr,
+    PIECES: tl.constexpr,
 ):
-    """Into how many splits the keys of ``length`` new tokens are cut: 0 if there is nothing."""
+    """Into how many splits the keys of ``length`` new tokens are cut: 0 if there is nothing.
+
+    Those of a prefill program's PIECE tokens, each of a sequence's programs into as many.
+    """
     least = tl.where(length == 1, MIN_SPLIT, 2 * MIN_SPLIT)
-    most = tl.where(length <= SHORT, MAX_SPLITS, 1)
-    visible = visible_keys(length, context, window)
+    pieces = (length + PIECE - 1) // PIECE
+    most = tl.where(length <= SHORT, MAX_SPLITS, tl.maximum(PIECES // tl.maximum(pieces, 1), 1))
+    together = tl.where(length <= SHORT, length, tl.minimum(length, PIECE))
+    visible = visible_keys(together, context, window)
     return tl.where(length > 0, tl.minimum((visible + least - 1) // least, most), 0)
 
 
@@ -98,12 +131,16 @@ def reduce_kernel(
     SHORT: tl.constexpr,
     MIN_SPLIT: tl.constexpr,
     MAX_SPLITS: tl.constexpr,
+    PIECE: tl.constexpr,
+    PIECES: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    follow(OVERLAP)
     each = tl.arange(0, SEQS_PADDED)
     known = each < seqs
     lengths = tl.load(query_start + each + 1, known, 0) - tl.load(query_start + each, known, 0)
     contexts = tl.load(context_lens + each, known, 0)
-    counts = splits_of(lengths, contexts, window, SHORT, MIN_SPLIT, MAX_SPLITS)
+    counts = splits_of(lengths, contexts, window, SHORT, MIN_SPLIT, MAX_SPLITS, PIECE, PIECES)
     rows = tl.where(counts > 1, lengths, 0)
     borders = tl.cumsum(rows, 0)
     split = tl.arange(0, SPLITS_PADDED)
@@ -161,10 +198,12 @@ def batches_of(
     seqs = batch.context_lens.shape[0]
     rows = batch.rows
     if rows is None:
-        rows = (min(batch.max_query, splitting.short),) * seqs
-    for first, last, own in _cuts(rows, splitting, tokens, PARTS // (4 * heads * dim)):
+        rows = (splitting.worst(batch.max_query),) * seqs
+    for first, last, own, most in _cuts(rows, splitting, tokens, PARTS // (4 * heads * dim)):
+        if own and batch.rows is None:
+            own = tokens  # any of them may be those of a sequence that is split
         # A multiple of 4, for the same reason.
-        size = max(4, -(-heads * own * splitting.max_splits // 4) * 4)
+        size = max(4, -(-heads * most // 4) * 4)
         peak, total = q.new_empty((2, size), dtype=torch.float32)
         room = Parts(q.new_empty((size, dim), dtype=torch.float32), peak, total, own)
         yield (batch if last - first == seqs else batch.part(first, last)), room
@@ -173,24 +212,29 @@ def batches_of(
 @lru_cache(maxsize=64)  # a step's layers have the same
 def _cuts(
     rows: tuple[int, ...], splitting: Splitting, tokens: int, limit: int
-) -> list[tuple[int, int, int]]:
+) -> list[tuple[int, int, int, int]]:
     """Batches of at most ``limit`` parts for each query head, if 4 sequences have no more.
 
     rows: the most that each sequence may have; tokens: those of all.
 
-    Returns of each batch its first sequence, the one behind its last, and how many rows may be
-    split.
+    Returns of each batch its first sequence, the one behind its last, how many rows may be split,
+    and how many parts these may have for each query head.
     """
-    split = [own if splitting.most(own) > 1 else 0 for own in rows]
-    cuts = []
-    first, taken = 0, 0
+    all_parts = tokens * splitting.max_splits
+    parts = [splitting.parts(own) for own in rows]
+    borders = [0]
+    taken = 0
     for next_ in range(0, len(rows), 4):
-        more = sum(split[next_ : next_ + 4])
-        if next_ > first and min(taken + more, tokens) * splitting.max_splits > limit:
-            cuts.append((first, next_, min(taken, tokens)))
-            first, taken = next_, 0
+        more = sum(parts[next_ : next_ + 4])
+        if next_ > borders[-1] and min(taken + more, all_parts) > limit:
+            borders.append(next_)
+            taken = 0
         taken += more
-    cuts.append((first, len(rows), min(taken, tokens)))
+    cuts = []
+    for first, last in pairwise([*borders, len(rows)]):
+        split = sum(own for own in rows[first:last] if splitting.parts(own))
+        most = min(sum(parts[first:last]), all_parts)
+        cuts.append((first, last, min(split, tokens), most))
     return cuts
 
 
@@ -212,6 +256,7 @@ def reduce(
         window,
         **reduce_constants(parts.out.shape[1], splitting),
         SEQS_PADDED=padded_seqs(seqs),
+        **overlap_options(out.device),
         **FUSED,
     )
 

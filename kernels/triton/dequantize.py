@@ -12,7 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nybble.kernels.activation import Activation
 from nybble.kernels.packed import PackedWeight
+from nybble.kernels.triton.activation import gated
 from nybble.kernels.triton.device import FUSED
 from nybble.kernels.triton.step import output_of, wide
 from nybble.kernels.triton.unpack import (
@@ -146,19 +148,33 @@ def outputs_at_a_time(columns: int, workspace: int = WORKSPACE) -> int:
     return max(64, workspace // (2 * columns) // 64 * 64)
 
 
-def dense_matmul(x: Tensor, weight: PackedWeight, workspace: int = WORKSPACE) -> Tensor:
-    """``x (rows, stored columns)`` times the weight, ``workspace`` bytes of it at a time."""
+def dense_matmul(
+    x: Tensor,
+    weight: PackedWeight,
+    workspace: int = WORKSPACE,
+    activation: Activation | None = None,
+) -> Tensor:
+    """``x (rows, stored columns)`` times the weight, ``workspace`` bytes of it at a time.
+
+    activation: of a weight in ``gpu_gated_tiles``; then ``activation(gate) · up``. Each part of the
+    weight has gates and what they are multiplied with, so that the whole product never exists.
+    """
     each = outputs_at_a_time(x.shape[1], workspace)
     bias = None if weight.bias is None else weight.bias.to(x.dtype)
     if each >= weight.out_features:
-        return torch.nn.functional.linear(x, dequantize(weight, x.dtype), bias)
+        product = torch.nn.functional.linear(x, dequantize(weight, x.dtype), bias)
+        return product if activation is None else gated(product, activation)
     halves = 2 if weight.layout == "gpu_gated_tiles" else 1
-    out = torch.empty(x.shape[0], weight.out_features, dtype=x.dtype, device=x.device)
+    width = weight.out_features // (1 if activation is None else halves)
+    out = torch.empty(x.shape[0], width, dtype=x.dtype, device=x.device)
     for start in range(0, weight.out_features, each):
         stop = min(start + each, weight.out_features)
         part = slice(start // halves, stop // halves)
         dense = dequantize(weight, x.dtype, start, stop)
         own = None if bias is None else bias.view(halves, -1)[:, part].flatten()
         product = torch.nn.functional.linear(x, dense, own)
-        out.view(len(x), halves, -1)[:, :, part] = product.view(len(x), halves, -1)
+        if activation is None:
+            out.view(len(x), halves, -1)[:, :, part] = product.view(len(x), halves, -1)
+        else:
+            gated(product, activation, out[:, part])
     return out

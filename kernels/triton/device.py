@@ -29,6 +29,11 @@ def device_traits(device: torch.device) -> tuple[str, int, int]:
     return properties.name, properties.multi_processor_count, capability
 
 
+def through_registers(capability: int) -> bool:
+    """Whether a product's operands pass through registers, as on tensor cores of Ampere's kind."""
+    return capability < 90 or capability >= 120
+
+
 def check_compiler(name: str, capability: int) -> None:
     """Raises ValueError if this Triton compiles wrong products for the device ``name``."""
     version = triton.__version__

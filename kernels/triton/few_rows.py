@@ -73,7 +73,7 @@ def few_rows_kernel(
     x_at = x + x_at + part[:, None, None] * STEP
     scale_at = (n // TILE_N * groups * TILE_N + n % TILE_N)[None, :]
     valid_m = m[None, None, :] < rows
-    if OVERLAP:
+    if OVERLAP and not INTERPRETED:
         # Weights do not depend on the kernel before: fetch the first ones while it finishes.
         # Everything else is accessed only after it.
         row_at = (qweight + q_row * SLICE)[None, :]
@@ -103,7 +103,7 @@ def few_rows_kernel(
         w3 = shifted(w3, z3, HAS_ZEROS, CENTRE)
         acc = add_scaled_products(acc, (w0, w1, w2, w3), xs, now, SETS)
 
-    if OVERLAP:
+    if OVERLAP and not INTERPRETED:
         tl.extra.cuda.gdc_launch_dependents()
     y = tl.sum(acc, axis=0)
     store_outputs(

@@ -25,6 +25,7 @@ from nybble.kernels.lora import ALIGNMENT as _ALIGNMENT
 from nybble.kernels.lora import GroupedLoRA, LoRASlots
 from nybble.kernels.lora_batch import LoRABatch
 from nybble.kernels.triton.device import FUSED
+from nybble.kernels.triton.overlap import follow, overlap_options
 from nybble.kernels.triton.routed_blocks import Blocks
 
 ALIGNMENT = tl.constexpr(_ALIGNMENT)
@@ -87,7 +88,9 @@ def shrink_kernel(
     SHARED: tl.constexpr,  # places that read one row of x
     CHUNK: tl.constexpr,
     TILE: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    follow(OVERLAP)
     slot, place, exists = _rows_of_tile(
         tl.program_id(0), starts, slots, ends, segments, ROWS, SEGMENTS
     )
@@ -147,7 +150,9 @@ def expand_kernel(
     SEGMENTS: tl.constexpr,
     CHUNKS: tl.constexpr,
     TILE: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    follow(OVERLAP)
     slot, place, exists = _rows_of_tile(
         tl.program_id(0), starts, slots, ends, segments, ROWS, SEGMENTS
     )
@@ -248,6 +253,7 @@ def _add(
         "ROWS": rows,
         "SEGMENTS": max(16, triton.next_power_of_2(segments)),
         "num_warps": 4,
+        **overlap_options(x.device),
     }
     shrink_kernel[(tiles, parts, chunks)](
         x,

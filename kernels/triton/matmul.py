@@ -23,12 +23,12 @@ from torch import Tensor
 
 from nybble.kernels.activation import Activation, check_activation
 from nybble.kernels.packed import PackedWeight
-from nybble.kernels.triton.activation import gated
 from nybble.kernels.triton.configs import Config, bucket_of, choose, for_group
 from nybble.kernels.triton.dequantize import dense_matmul, stored_columns
 from nybble.kernels.triton.device import FUSED, device_traits
 from nybble.kernels.triton.few_rows import few_rows_matmul
 from nybble.kernels.triton.opaque import opaque, opaque_zero
+from nybble.kernels.triton.overlap import overlaps
 from nybble.kernels.triton.step import (
     SLICE,
     STEP,
@@ -167,7 +167,7 @@ def matmul_kernel(
     x_row = tl.minimum(m, rows - 1) if JOINED else m
     x_at = x + x_row[None, :] * columns + x_k[:, None]
 
-    if OVERLAP:
+    if OVERLAP and not INTERPRETED:
         # Weights do not depend on the kernel before: fetch the first ones while it finishes.
         # Everything else is accessed only after it.
         row_at = qweight + (tile * steps * TILE_N + n % TILE_N) * SLICE
@@ -220,7 +220,7 @@ def matmul_kernel(
             w3 = shifted(w3, z3, HAS_ZEROS, CENTRE)
             acc = add_scaled_products(acc, (w0, w1, w2, w3), xs, now, SETS)
 
-    if OVERLAP:
+    if OVERLAP and not INTERPRETED:
         tl.extra.cuda.gdc_launch_dependents()
     # Recomputed in crowded blocks: values needed only at the end would stay in registers.
     zero = opaque_zero() if CROWDED else 0
@@ -243,7 +243,9 @@ def matmul_kernel(
     if SPLIT:  # noqa: SIM102 (this is known when compiling, the next is not)
         if is_part:
             n = first_n + tl.arange(0, BLOCK_N)
-            valid = (m[None, :] < rows) & (n[:, None] < out_features)
+            # A part is a whole block in the workspace: it needs no mask, and without one it is
+            # accessed 16 bytes at a time. Where scales are kept, that takes registers.
+            valid = (m[None, :] < rows) & (n[:, None] < out_features) | SCALE_FIRST
             at = tl.arange(0, BLOCK_N)[:, None] * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
             part_at = parts + block * splits * (BLOCK_N * BLOCK_M) + at
             tl.store(part_at + split * (BLOCK_N * BLOCK_M), acc, mask=valid)
@@ -342,12 +344,13 @@ def packed_matmul(
     c = for_group(c, 0 if weight.groups == 1 else weight.group_size)
     # A measured table may not know so many rows: past the kernels' 32-bit offsets.
     if c.dense or rows * max(columns, weight.out_features) > MOST_ELEMENTS:
-        product = dense_matmul(flat, weight)
-        return (gated(product, activation) if activation else product).view(*x.shape[:-1], width)
+        return dense_matmul(flat, weight, activation=activation).view(*x.shape[:-1], width)
     out = torch.empty(*x.shape[:-1], width, dtype=x.dtype, device=x.device)
     if rows == 0:
         return out
-    overlap = c.overlap and x.is_cuda and device_traits(x.device)[2] >= 90
+    can_overlap = x.is_cuda and device_traits(x.device)[2] >= 90
+    # Blocks of many rows would spill registers for it, and run long enough.
+    overlap = (c.overlap and can_overlap) or (overlaps(x.device) and c.block_m <= 64)
     if c.parts > 1:
         few_rows_matmul(flat, weight, out, c, overlap, activation)
         return out

@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nybble.kernels.triton.device import FUSED
+from nybble.kernels.triton.overlap import follow, overlap_options
 
 # Elements of one program; narrow rows (the heads of a QK norm) share one.
 _TILE = 2048
@@ -32,7 +33,9 @@ def rms_norm_kernel(
     HAS_RESIDUAL: tl.constexpr,
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    follow(OVERLAP)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, WIDTH)
     mask = (row < rows)[:, None] & (column < width)[None, :]
@@ -98,6 +101,7 @@ def _launch(
         ROWS=per_program,
         WIDTH=wide,
         num_warps=max(4, min(16, wide * per_program // 512)),
+        **overlap_options(x.device),
         **FUSED,
     )
     return out, total

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from nybble.kernels.reference import check_rotary_dim
 from nybble.kernels.triton.device import FUSED
+from nybble.kernels.triton.overlap import follow, overlap_options
 
 _HEADS = 8  # heads of one token that a program takes
 
@@ -135,7 +136,9 @@ def rotary_store_kernel(
     REST_PADDED: tl.constexpr,
     INTERLEAVED: tl.constexpr,
     QUANTIZED: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    follow(OVERLAP)
     REST: tl.constexpr = DIM - ROTARY_DIM
     token = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
@@ -210,6 +213,7 @@ def rotary_store(
         INTERLEAVED=interleaved,
         QUANTIZED=k_scales is not None,
         num_warps=4,
+        **overlap_options(q.device),
         **FUSED,
     )
 

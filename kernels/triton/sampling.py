@@ -24,6 +24,7 @@ from torch import Tensor
 
 from nybble.kernels.reference import TokenChoice
 from nybble.kernels.triton.device import FUSED
+from nybble.kernels.triton.overlap import follow, overlap_options
 
 TILE = 2048
 WARPS = 16
@@ -155,7 +156,9 @@ def sample_kernel(
     PASSES: tl.constexpr,
     KEPT: tl.constexpr,
     STAGES: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    follow(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     logits += row * stride
     kept += row * KEPT
@@ -247,6 +250,7 @@ def sample_tokens(logits: Tensor, choices: Sequence[TokenChoice]) -> Tensor:
         logits.stride(0),
         **sampling_constants(),
         num_warps=WARPS,
+        **overlap_options(logits.device),
         **FUSED,
     )
     return tokens

@@ -40,7 +40,7 @@ from nybble.loaders.mtp import MtpCheckpoint, draft_bytes
 from nybble.loaders.tokenizer import load_tokenizer
 from nybble.models import Architecture, architecture_of
 from nybble.quantizers.drafts import stored_draft
-from nybble.quantizers.in_flight import InFlightFormat
+from nybble.quantizers.in_flight import HeadFormat, InFlightFormat
 from nybble.quantizers.prepare import rounded_parts
 
 State = Literal["ok", "warning", "broken"]
@@ -71,7 +71,7 @@ class Plan:
     config: EngineConfig
     aliases: Path | None = None
     quantize: InFlightFormat | None = None
-    head: Literal["int8"] | None = None
+    head: HeadFormat = "auto"
     needed: int | None = None
     draft: str | None = None
     draft_quantize: InFlightFormat | None = None
@@ -263,7 +263,7 @@ def _require_unrounded(plan: Plan, checkpoint: Checkpoint) -> None:
         raise ValueError(
             f"{checkpoint.folder} is quantized already ({checkpoint.format}): leave --quantize out"
         )
-    if plan.head and checkpoint.format == "packed":
+    if plan.head == "int8" and checkpoint.format == "packed":
         raise ValueError(f"{checkpoint.folder} is packed already: leave --head out")
 
 

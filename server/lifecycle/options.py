@@ -70,7 +70,10 @@ DtypeOption = Annotated[
 QuantizeOption = Annotated[
     Literal["nf4"] | None, _model(help="Round a 16-bit model to 4 bits while loading.")
 ]
-HeadOption = Annotated[Literal["int8"] | None, _model(help="Round the output layer to 8 bits.")]
+HeadOption = Annotated[
+    Literal["auto", "int8", "16bit"],
+    _model(help="Output layer. auto: 8 bits beside layers in 4 bits; 16bit: as it is."),
+]
 KVCacheMemoryOption = Annotated[
     int | None,
     _memory(
@@ -137,7 +140,7 @@ class ModelOptions:
     ] = None
     aliases: AliasesOption = None
     quantize: QuantizeOption = None
-    head: HeadOption = None
+    head: HeadOption = "auto"
     draft_model: Annotated[
         str | None,
         _model(

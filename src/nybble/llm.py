@@ -121,7 +121,7 @@ class LLM:
         *,
         aliases: Path | None = None,
         quantize: Literal["nf4"] | None = None,
-        head: Literal["int8"] | None = None,
+        head: Literal["auto", "int8", "16bit"] = "auto",
         merge_adapter: str | Path | None = None,
         device: str = "auto",
         dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto",
@@ -157,7 +157,7 @@ class LLM:
         for name, value, expected in (
             ("quantize", quantize, (None, "nf4")),
             ("draft_quantize", draft_quantize, (None, "nf4")),
-            ("head", head, (None, "int8")),
+            ("head", head, ("auto", "int8", "16bit")),
             ("dtype", dtype, ("auto", "bfloat16", "float16", "float32")),
         ):
             if value not in expected:

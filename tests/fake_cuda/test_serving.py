@@ -30,7 +30,7 @@ from nybble.engine import (
 from nybble.engine.scheduler import ScheduledSequence
 from nybble.engine.sequence import BlockTable, Sequence
 from nybble.kernels.lora_batch import LoRABatch
-from nybble.kernels.triton import attention_splits, matmul
+from nybble.kernels.triton import attention_splits, matmul, overlap
 from nybble.kernels.triton.attention import splitting_of
 from nybble.loaders import open_checkpoint
 
@@ -160,6 +160,21 @@ def test_a_prompt_beside_tokens_of_many_adapters_compiles_nothing(
     with torch.inference_mode():
         runner._forward(inputs, runner._step_adapters(inputs))
     assert set(gpu.launched) - warm == set()
+
+
+@pytest.mark.parametrize("on", [False, True])
+def test_kernels_of_a_step_are_launched_to_overlap_if_that_is_switched_on(
+    on: bool, gpu: Device, checkpoint: Path, expected: list[list[int]], monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(overlap, "OVERLAP", on)
+    with running(checkpoint, replace(GPU, adapters=None)) as engine:
+        assert ask(engine, REQUESTS[:1]) == [expected[0]]
+    overlapping = {kernel for kernel, variant in gpu.launched if "launch_pdl" in variant}
+    kernels = {"rms_norm_kernel", "rotary_store_kernel", "decode_kernel", "reduce_kernel"}
+    kernels |= {"matmul_kernel", "few_rows_kernel", "sample_kernel"}
+    assert {kernel for kernel, _ in gpu.launched} >= kernels | {"prefill_kernel"}
+    # Those that do not wait for the one before begin after it, as usual.
+    assert overlapping == (kernels if on else set())
 
 
 def test_few_tokens_of_some_of_many_sequences_compile_nothing(

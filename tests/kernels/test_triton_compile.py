@@ -136,6 +136,19 @@ def test_weights_arrive_in_sixteen_byte_copies(table: list[dict[str, Any]]) -> N
         assert entry["row"]["wide_copies"] >= bytes_each_lane // 16
 
 
+def test_parts_of_many_rows_are_stored_and_read_sixteen_bytes_at_a_time(
+    table: list[dict[str, Any]],
+) -> None:
+    split = [e for e in table if e["case"]["config"]["splits"] > 1]
+    many = [e for e in split if e["case"]["config"]["scale_first"]]
+    assert many
+    for entry in many:
+        config = entry["case"]["config"]
+        threads = 32 * config["num_warps"]
+        each = config["block_n"] * config["block_m"] // threads // 4
+        assert entry["row"]["wide_parts"] >= 2 * each, entry
+
+
 def test_the_launcher_compiles_once_for_all_row_counts_of_a_bucket() -> None:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     command = [sys.executable, str(Path(__file__).with_name("jit_without_gpu.py"))]

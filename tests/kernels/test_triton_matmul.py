@@ -1,14 +1,17 @@
 """The Triton matmul computes the packed format's definition (interpreted, on the CPU)."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from nybble.kernels import PackedWeight
-from nybble.kernels.activation import ACTIVATIONS
+from nybble.kernels.activation import ACTIVATIONS, Activation
 from nybble.kernels.packed import INTEGER_LEVELS, SYMMETRIC_LEVELS, pack_nibbles
 from nybble.kernels.triton import activation, matmul
+from nybble.kernels.triton import dequantize as dense
 from nybble.kernels.triton.configs import Config
 from nybble.kernels.triton.dequantize import dense_matmul, dequantize, outputs_at_a_time
 from nybble.kernels.triton.matmul import packed_matmul
@@ -268,6 +271,26 @@ def test_a_gated_weight_is_dequantized_a_part_at_a_time_in_the_order_of_its_outp
     x, plain = torch.randn(5, 128).half(), random_weight("zeros", 208, 128, 64, bias=True)
     weight = plain.to_layout("gpu_gated_tiles")
     torch.testing.assert_close(dense_matmul(x, weight, 1), dense_matmul(x, plain))
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_gates_are_applied_to_each_part_so_that_the_whole_product_never_exists(
+    name: Activation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(12)
+    x, plain = (torch.randn(5, 128) / 64).half(), random_weight("zeros", 208, 128, 64, bias=True)
+    weight = plain.to_layout("gpu_gated_tiles")
+    expected = activation.gated(dense_matmul(x, weight, 1), name)
+    widths: list[int] = []
+    gated = activation.gated
+
+    def note(product: Tensor, *others: Any) -> Tensor:
+        widths.append(product.shape[1])
+        return gated(product, *others)
+
+    monkeypatch.setattr(dense, "gated", note)
+    assert torch.equal(dense_matmul(x, weight, 1, name), expected)
+    assert widths == [64, 64, 64, 16]
 
 
 def test_an_activation_of_a_weight_that_is_not_gated_is_refused() -> None:

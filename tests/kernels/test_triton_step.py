@@ -5,7 +5,9 @@ On a machine without a GPU they run through Triton's interpreter.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -291,6 +293,8 @@ DEEPSEEK_V3 = (128, 512, attention_splits.Splitting(33, 16))
         (LLAMA_3_8B, [9] * 256, False),  # drafts, in a captured graph
         (LLAMA_3_8B, [1] * 100 + [900, 5, 40, 1000] + [7] * 30, True),
         (LLAMA_3_8B, [1] * 100 + [900, 5, 40, 1000] + [7] * 30, False),
+        (LLAMA_3_8B, [100] * 90, True),
+        (LLAMA_3_8B, [100] * 90, False),
     ],
 )
 def test_the_splits_of_a_large_batch_take_at_most_256_mib(
@@ -319,24 +323,32 @@ def test_the_splits_of_a_large_batch_take_at_most_256_mib(
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="a GPU has its own number of programs")
 @pytest.mark.parametrize(
-    ("group", "window", "kept", "softcap"),
+    ("group", "window", "kept", "softcap", "split"),
     [
-        (2, 0, None, 0.0),
-        (7, 600, torch.int8, 3.0),
-        pytest.param(1, 600, None, 0.0, marks=pytest.mark.slow),
-        pytest.param(4, 0, torch.int8, 3.0, marks=pytest.mark.slow),
+        (2, 0, None, 0.0, [3, 2, 3, 1, 3, 1, 3]),
+        (7, 600, torch.int8, 3.0, [2, 2, 2, 1, 2, 1, 2]),
+        pytest.param(1, 600, None, 0.0, [2, 2, 2, 1, 2, 1, 2], marks=pytest.mark.slow),
+        pytest.param(4, 0, torch.int8, 3.0, [3, 2, 3, 1, 3, 1, 3], marks=pytest.mark.slow),
     ],
 )
-def test_few_tokens_are_split_over_the_keys_of_a_long_context(
+def test_tokens_are_split_over_the_keys_of_a_long_context(
     group: int,
     window: int,
     kept: torch.dtype | None,
     softcap: float,
+    split: list[int],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """By the kernel of single tokens, beside such and beside prompts."""
-    lengths = [(1100, 9), (300, 1), (1300, 40), (20, 20), (1030, 2), (5, 5)]
-    most = attention.splitting_of(group, 1, 32, 8).most
-    assert [most(new) > 1 for _, new in lengths] == [new <= 9 for _, new in lengths]
+    """Single ones, few, and turns of more than a program decodes, beside prompts."""
+    lengths = [(1100, 9), (300, 1), (1300, 40), (20, 20), (1030, 2), (5, 5), (1250, 75)]
+    room: list[Tensor] = []
+
+    def batches_of(*given: Any) -> Iterator[tuple[AttentionBatch, attention_splits.Parts]]:
+        for each, parts in attention_splits.batches_of(*given):
+            room.append(parts.total.fill_(float("nan")))
+            yield each, parts
+
+    monkeypatch.setattr(attention, "batches_of", batches_of)
     batch, *caches = paged(lengths, 1, 32, 16, torch.float16)
     scales: list[Tensor] = []
     if kept is not None:
@@ -349,6 +361,8 @@ def test_few_tokens_are_split_over_the_keys_of_a_long_context(
     expected = reference.paged_attention(q.double(), *wide, *options, softcap=softcap, sinks=given)
     found = attention.paged_attention(q, *caches, *options, softcap=softcap, sinks=given)
     close(found, expected, 1e-3)
+    stored = group * sum(new * n for (_, new), n in zip(lengths, split, strict=True) if n > 1)
+    assert room[0].isfinite().sum() == stored
     # What the host knows of the rows changes which kernels run, and nothing else.
     known = replace(batch, rows=tuple(new for _, new in lengths))
     inputs = q, *caches, known, *options[1:]
@@ -445,7 +459,7 @@ def test_attention_equals_the_reference_with_every_devices_settings(
 )
 def test_blocks_that_no_new_token_sees_are_not_read(block_size: int, window: int) -> None:
     """They may have been given to another sequence, whose values need not even be numbers."""
-    lengths, dim = [(700, 1), (300, 70), (150, 1), (261, 2), (1200, 20)], 32
+    lengths, dim = [(700, 1), (300, 70), (150, 1), (261, 2), (1200, 20), (1300, 40)], 32
     batch, keys, values = paged(lengths, 2, dim, block_size, torch.float16)
     q = random(sum(new for _, new in lengths), 4, dim, dtype=torch.float16)
     whole = attention.paged_attention(q, keys, values, batch, dim**-0.5, window)
@@ -508,7 +522,7 @@ def test_8_bit_caches_are_attended_as_they_stand(kept: torch.dtype) -> None:
 
 
 def test_a_sequence_is_attended_alike_in_any_company() -> None:
-    lengths = [(700, 1), (20, 9), (1100, 4), (33, 1), (1100, 40), (64, 64)]
+    lengths = [(700, 1), (20, 9), (1100, 4), (33, 1), (1100, 70), (64, 64)]
     batch, keys, values = paged(lengths, 2, 32, 16, torch.float16)
     q = random(sum(new for _, new in lengths), 4, 32, dtype=torch.float16)
     together = attention.paged_attention(q, keys, values, batch, 0.2)

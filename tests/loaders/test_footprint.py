@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from nybble.kernels import DenseWeight, PackedWeight
 from nybble.loaders import Checkpoint, open_checkpoint, save_packed
@@ -75,3 +76,20 @@ def test_of_a_model_rounded_while_loading(tiny_model: Callable[..., Path], tied:
     rounded = InFlight(open_checkpoint(folder), layers="nf4", head="int8")
     found = weight_bytes(folder, torch.bfloat16, layers="4bit", head="int8")
     assert found == loaded_bytes(rounded, torch.bfloat16)
+
+
+def test_of_a_model_whose_output_layer_is_quantized_already(
+    tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    """It is not rounded again, and the embedding is not counted in its place."""
+    folder, settings = tmp_path / "q", {"format": "gptq", "group_size": 32, "progress": False}
+    quantize_checkpoint(tiny_model(vocab_size=320), folder, **settings)  # type: ignore[arg-type]
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    del tensors["lm_head.weight"]
+    gate = "model.layers.0.mlp.gate_proj."
+    for name in [name for name in tensors if name.startswith(gate)]:
+        tensors["lm_head." + name.removeprefix(gate)] = tensors[name].clone()
+    save_file(tensors, file)
+    alone = weight_bytes(folder, torch.bfloat16)
+    assert weight_bytes(folder, torch.bfloat16, head="int8") == alone

@@ -175,7 +175,7 @@ def check_dequantize(capability: int, everything: bool) -> Iterator[Found]:
 
 def check_attention(capability: int, everything: bool) -> Iterator[Found]:
     # One of each kind in one split and in several: single tokens, prompts, and few tokens.
-    lengths = [(1, 1), (300, 1), (530, 40), (33, 33), (600, 1), (65, 2), (520, 3)]
+    lengths = [(1, 1), (300, 1), (530, 40), (33, 33), (600, 1), (65, 2), (520, 3), (540, 17)]
     # Ada differs from Ampere in 8-bit floats alone.
     kept: list[torch.dtype | None] = [None, torch.int8] if capability != 89 else []
     kept += [torch.float8_e4m3fn] if capability >= 89 else []

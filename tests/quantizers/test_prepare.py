@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from nybble.kernels.matmul import preferred_layout
 from nybble.loaders import Checkpoint, load_adapter, open_checkpoint
 from nybble.models import architecture_of
 from nybble.quantizers import prepare, quantize_checkpoint
-from nybble.quantizers.prepare import prepare_checkpoint
+from nybble.quantizers.prepare import prepare_checkpoint, rounded_parts
 
 CPU = torch.device("cpu")
 
@@ -140,6 +141,36 @@ def test_a_16_bit_model_can_be_rounded_on_the_way(tiny_model: Callable[..., Path
     assert head.columns == 2 * head.in_features
     with pytest.raises(ValueError, match="is packed already"):
         prepare_checkpoint(str(checkpoint.folder), device=CPU, head="int8")
+
+
+@pytest.mark.parametrize(
+    ("quantize", "hidden", "bits"), [("nf4", 128, 8), ("nf4", 192, 16), (None, 128, 16)]
+)
+def test_an_output_layer_is_kept_in_8_bits_beside_layers_in_4(
+    quantize: Literal["nf4"] | None, hidden: int, bits: int, tiny_model: Callable[..., Path]
+) -> None:
+    """If its inputs are whole groups; that of a 16-bit model stays as it is."""
+    model = str(tiny_model(hidden_size=hidden))
+    options: dict[str, Any] = {"device": CPU, "quantize": quantize, "progress": False}
+    found = prepare_checkpoint(model, head="auto", **options)
+    head = dict(found.weights()).get("lm_head")
+    assert (16 if not isinstance(head, PackedWeight) else 8) == bits
+    kept = prepare_checkpoint(model, head="16bit", **options)
+    assert not isinstance(dict(kept.weights()).get("lm_head"), PackedWeight)
+    assert rounded_parts(model, open_checkpoint(Path(model)), quantize, "auto")[1] == (
+        "int8" if bits == 8 else None
+    )
+
+
+def test_an_output_layer_beside_gptqs_layers_is_kept_in_8_bits_once_it_is_packed(
+    gptq: Path,
+) -> None:
+    first = prepare_checkpoint(str(gptq), device=CPU, head="auto", progress=False)
+    head, *layers = head_and_layers(first)
+    assert head.columns == 2 * head.in_features
+    assert layers
+    again = prepare_checkpoint(str(first.folder), device=CPU, head="auto")
+    assert again.folder == first.folder
 
 
 def test_packing_that_fails_leaves_nothing_that_looks_packed(

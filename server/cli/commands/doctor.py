@@ -30,7 +30,7 @@ def doctor(
     kv_cache_memory: KVCacheMemoryOption = None,
     kv_cache_dtype: KVCacheDtypeOption = "auto",
     quantize: QuantizeOption = None,
-    head: HeadOption = None,
+    head: HeadOption = "auto",
     max_model_len: Annotated[
         int | None,
         typer.Option(
