@@ -30,6 +30,7 @@ from nybble.loaders import (
     resolve_model,
     save_packed,
 )
+from nybble.loaders.footprint import RoundedParts
 from nybble.model_name import DEMO
 from nybble.models import architecture_of
 from nybble.quantizers import InFlight, merge_adapter, quantize_checkpoint
@@ -50,11 +51,8 @@ def rounded_parts(
     source: Checkpoint,
     quantize: InFlightFormat | None = None,
     head: Literal["int8"] | None = None,
-) -> tuple[Literal["4bit"] | None, Literal["int8"] | None]:
-    """Which layers of ``source``, called ``name``, and whether its head are rounded on the way.
-
-    As :func:`nybble.loaders.footprint.weight_bytes` has them.
-    """
+) -> RoundedParts:
+    """Which layers of ``source``, called ``name``, and whether its head are rounded on the way."""
     if _is_demo(name, source, quantize):
         return "4bit", "int8"
     return "4bit" if quantize else None, head
