@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -92,7 +92,7 @@ class SafetensorsFile:
 class _Mapping:
     """It lasts as long as this or one of the tensors, and so do the pages that were read."""
 
-    file: safe_open
+    file: Any  # a safe_open, whose methods have no types
 
     def read(self, name: str) -> Tensor:
         tensor: Tensor = self.file.get_tensor(name)
