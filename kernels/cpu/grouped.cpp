@@ -109,16 +109,17 @@ void run(const Grouped& g) {
         products.push_back(std::make_unique<AnyProduct>(args, g.threads));
         size = std::max(size, products.back()->buffer_size());
     }
-    // Chunks of 4 tiles, as in nybble_packed_matmul.
-    constexpr int64_t kChunk = 4;
-    const int64_t tiles = (g.outputs + 15) / 16, chunks = (tiles + kChunk - 1) / kChunk;
-    const auto tasks = static_cast<int64_t>(products.size()) * chunks;
+    const auto experts = static_cast<int64_t>(products.size());
+    const int64_t tiles = (g.outputs + 15) / 16;
+    const int64_t rows = experts ? places / experts : 0;  // of an expert, on average
+    const int64_t each = tiles_of_task(experts * tiles, padded / 8 * rows, g.threads);
+    const int64_t tasks = (tiles + each - 1) / each;  // of an expert
     const auto all_buffers = buffers(g.threads, size);
 #pragma omp parallel for schedule(dynamic) num_threads(g.threads)
-    for (int64_t task = 0; task < tasks; ++task) {
-        const int64_t tile = task % chunks * kChunk;
-        products[task / chunks]->tiles(tile, std::min(kChunk, tiles - tile),
-                                       all_buffers.get() + thread_number() * size);
+    for (int64_t task = 0; task < experts * tasks; ++task) {
+        const int64_t first = task % tasks * each;
+        multiply_tiles(*products[task / tasks], first, std::min(first + each, tiles),
+                       all_buffers.get() + thread_number() * size);
     }
 #pragma omp parallel for num_threads(g.threads) if (places > 64)
     for (int64_t row = 0; row < g.rows; ++row) {
