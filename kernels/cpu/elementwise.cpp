@@ -4,6 +4,7 @@
 
 #include "kernels.h"
 #include "simd.h"
+#include "threads.h"
 
 using namespace nybble;
 
@@ -47,8 +48,7 @@ constexpr auto relu2 = [](Floats x) {
 template <typename Function>
 void gated(Function activation, const bf16* gate_up, bf16* out, int64_t rows, int64_t width,
            int threads) {
-#pragma omp parallel for schedule(static) num_threads(threads) if (rows > 8)
-    for (int64_t r = 0; r < rows; ++r) {
+    parallel_for(rows, threads, rows > 8, [=](int64_t r) {
         const bf16 *gate = gate_up + r * 2 * width, *up = gate + width;
         for (int64_t i = 0; i < width; i += 16) {
             bf16* target = out + r * width + i;
@@ -56,7 +56,7 @@ void gated(Function activation, const bf16* gate_up, bf16* out, int64_t rows, in
             store_bf16(target, activation(load_bf16(gate + i)));
             store_bf16(target, load_bf16(target) * load_bf16(up + i));
         }
-    }
+    });
 }
 
 // One head of one token in 8 bits; its scale is the largest magnitude over 127. If that is not

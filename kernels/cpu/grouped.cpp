@@ -35,9 +35,14 @@ struct Grouped {
     int scale_type, threads;
 };
 
-// Row `place` of all (rows, top_k), in the order of an expert's stored columns.
+// Row `place` of all (rows, top_k).
+const bf16* row_of(const Grouped& g, int64_t place) {
+    return g.x + (g.x_per_expert ? place : place / g.top_k) * g.inputs;
+}
+
+// The same in the order of an expert's stored columns.
 void gather(const Grouped& g, int64_t place, const int32_t* perm, int64_t padded, bf16* target) {
-    const bf16* source = g.x + (g.x_per_expert ? place : place / g.top_k) * g.inputs;
+    const bf16* source = row_of(g, place);
     if (perm)
         for (int64_t k = 0; k < g.columns; ++k) target[k] = source[perm[k]];
     else
@@ -82,23 +87,32 @@ void run(const Grouped& g) {
     std::stable_sort(used.begin(), used.end(), [&](int64_t a, int64_t b) {
         return starts[a + 1] - starts[a] > starts[b + 1] - starts[b];
     });
+    // In a decode step other threads would wait while rows are copied that are alone.
+    const auto alone = [&](int64_t e) { return starts[e + 1] - starts[e] == 1; };
+    const auto read_in_place = [&](int64_t e) {
+        return alone(e) && !g.experts[e].perm && g.columns == padded;
+    };
+    const auto written_in_place = [&](int64_t e) { return alone(e) && !g.weights; };
     std::unique_ptr<bf16[]> x(new bf16[places * padded]), y(new bf16[places * g.outputs]);
-#pragma omp parallel for num_threads(g.threads) if (places > 64)
-    for (int64_t slot = 0; slot < places; ++slot)
-        gather(g, place_of[slot], g.experts[g.ids[place_of[slot]]].perm, padded,
-               x.get() + slot * padded);
+    parallel_for(places, g.threads, places > 64, [&](int64_t slot) {
+        const int64_t place = place_of[slot], e = g.ids[place];
+        if (!read_in_place(e)) gather(g, place, g.experts[e].perm, padded, x.get() + slot * padded);
+    });
     std::vector<std::unique_ptr<AnyProduct>> products;
+    products.reserve(used.size());
     int64_t size = 0;
     for (const int64_t e : used) {
         const Expert& expert = g.experts[e];
-        const PackedArgs args{x.get() + starts[e] * padded,
+        const int64_t first = starts[e], place = place_of[first];
+        const PackedArgs args{read_in_place(e) ? row_of(g, place) : x.get() + first * padded,
                               expert.codes,
                               expert.scales,
                               expert.zeros,
                               g.levels,
                               expert.bias,
-                              y.get() + starts[e] * g.outputs,
-                              starts[e + 1] - starts[e],
+                              written_in_place(e) ? g.out + place * g.outputs
+                                                  : y.get() + first * g.outputs,
+                              starts[e + 1] - first,
                               g.outputs,
                               padded,
                               padded / 8,
@@ -121,16 +135,13 @@ void run(const Grouped& g) {
         multiply_tiles(*products[task / tasks], first, std::min(first + each, tiles),
                        all_buffers.get() + thread_number() * size);
     }
-#pragma omp parallel for num_threads(g.threads) if (places > 64)
-    for (int64_t row = 0; row < g.rows; ++row) {
-        if (g.weights) {
-            combine(g, row, slots.data(), y.get());
-            continue;
-        }
+    parallel_for(g.rows, g.threads, places > 64, [&](int64_t row) {
+        if (g.weights) return combine(g, row, slots.data(), y.get());
         for (int64_t place = row * g.top_k; place < (row + 1) * g.top_k; ++place)
-            std::memcpy(g.out + place * g.outputs, y.get() + slots[place] * g.outputs,
-                        g.outputs * sizeof(bf16));
-    }
+            if (!written_in_place(g.ids[place]))
+                std::memcpy(g.out + place * g.outputs, y.get() + slots[place] * g.outputs,
+                            g.outputs * sizeof(bf16));
+    });
 }
 
 }  // namespace

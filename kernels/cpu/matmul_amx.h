@@ -5,6 +5,7 @@
 
 #include "matmul_bf16.h"
 #include "status.h"
+#include "threads.h"
 
 namespace nybble {
 
@@ -61,15 +62,16 @@ class TileProduct {
     TileProduct(const PackedArgs& args, int threads)
         : a(args), decoder_(args.levels), spans_(spans_of(args, kSpanOctets)) {
         int64_t steps = 0;
+        first_steps_.reserve(spans_.size());
         for (const Span& span : spans_) {
             first_steps_.push_back(steps);
             steps += steps_of(span);
         }
         x_ = buffers(1, steps * a.rows * 16);
         if (a.zeros) span_sums_.resize(spans_.size() * a.rows);
-#pragma omp parallel for schedule(static) num_threads(threads) if (a.rows > 8)
-        for (int64_t row = 0; row < a.rows; ++row)
+        parallel_for(a.rows, threads, a.rows > 8, [&](int64_t row) {
             for (size_t s = 0; s < spans_.size(); ++s) take_row(row, s);
+        });
     }
 
     int64_t buffer_size() const { return 2 * kWeights + kSums + kTiles * 16 * row_block(); }

@@ -161,11 +161,11 @@ class Product {
     Product(const PackedArgs& args, int threads)
         : a(args), codes_(args.levels), spans_(args, codes_, threads),
           of_highs_(args.rows * spans_.size()) {
-#pragma omp parallel for schedule(static) num_threads(threads) if (a.rows > 8)
-        for (int64_t index = 0; index < spans_.size(); ++index)
+        parallel_for(spans_.size(), threads, a.rows > 8, [&](int64_t index) {
             for (int64_t row = 0; row < a.rows; ++row)
                 of_highs_[index * a.rows + row] = split(spans_.x(spans_[index], row),
                                                         spans_[index].octets);
+        });
     }
 
     // All is done in registers.

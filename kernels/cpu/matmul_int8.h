@@ -12,6 +12,7 @@
 #include "bytes.h"
 #include "ints.h"
 #include "packed_args.h"
+#include "threads.h"
 
 namespace nybble {
 
@@ -87,9 +88,9 @@ class RowsInBytes {
     RowsInBytes(const PackedArgs& args, int threads)
         : a(args), spans_(spans_of(args, kMostOctets)), factors_(new float[args.rows * size()]),
           sums_(new float[args.rows * size()]), x_(new int8_t[args.rows * args.columns]) {
-#pragma omp parallel for schedule(static) num_threads(threads) if (a.rows > 8)
-        for (int64_t row = 0; row < a.rows; ++row)
+        parallel_for(a.rows, threads, a.rows > 8, [&](int64_t row) {
             for (int64_t index = 0; index < size(); ++index) round(row, index);
+        });
     }
 
     int64_t size() const { return static_cast<int64_t>(spans_.size()); }

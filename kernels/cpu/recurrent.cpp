@@ -43,8 +43,7 @@ void convolve(const T* x, const float* weight, const float* bias, T* state, cons
     const int64_t history = taps - 1, slot_size = history * channels;
     // Each task has 16 channels of one sequence: it reads all it needs of a state before it writes.
     const int64_t parts = channels / 16;
-#pragma omp parallel for schedule(static) num_threads(threads) if (starts[seqs] > 8)
-    for (int64_t task = 0; task < seqs * parts; ++task) {
+    parallel_for(seqs * parts, threads, starts[seqs] > 8, [=](int64_t task) {
         const int64_t seq = task / parts, at = task % parts * 16;
         const int64_t first = starts[seq], rows = starts[seq + 1] - first;
         const T* input = x + first * stride + at;
@@ -73,7 +72,7 @@ void convolve(const T* x, const float* weight, const float* bias, T* state, cons
         };
         keep(snapshot[seq], snapshot_rows[seq]);
         keep(write[seq], rows);
-    }
+    });
 }
 
 // A query or key divided by its length, times `scale`.

@@ -32,11 +32,11 @@ float product(const T* x, const float* weight, int64_t inputs) {
 template <typename T>
 void logits(const T* x, const float* weight, const float* bias, float* out, int64_t rows,
             int64_t inputs, int64_t outputs, int threads) {
-#pragma omp parallel for schedule(static) num_threads(threads) if (rows * outputs * inputs > 1 << 16)
-    for (int64_t n = 0; n < outputs; ++n)
+    parallel_for(outputs, threads, rows * outputs * inputs > 1 << 16, [=](int64_t n) {
         for (int64_t row = 0; row < rows; ++row)
             out[row * outputs + n] = product(x + row * inputs, weight + n * inputs, inputs) +
                                      (bias ? bias[n] : 0.0f);
+    });
 }
 
 // kernels/cpu/library.py has the same numbers.
@@ -127,12 +127,11 @@ extern "C" int nybble_choose_experts(const float* logits, const float* correctio
     const int64_t size = 2 * experts + groups;
     const auto scores = buffers(threads, size);
     std::vector<int64_t> best_groups(threads * topk_groups);
-#pragma omp parallel for schedule(static) num_threads(threads) if (rows * experts > 4096)
-    for (int64_t row = 0; row < rows; ++row) {
+    parallel_for(rows, threads, rows * experts > 4096, [&](int64_t row) {
         const int thread = thread_number();
         choose(rule, logits + row * experts, correction, scores.get() + thread * size,
                best_groups.data() + thread * topk_groups, ids + row * top_k, weights + row * top_k);
-    }
+    });
     return kDone;
 } catch (const std::exception&) {
     return kOutOfMemory;

@@ -11,6 +11,7 @@
 
 #include "ints.h"
 #include "packed_args.h"
+#include "threads.h"
 
 namespace nybble {
 
@@ -132,12 +133,12 @@ class Spans {
           factors_(new float[args.rows * spans_.size()]),
           sums_(new int32_t[args.rows * spans_.size()]),
           x_(new int16_t[args.rows * args.columns]) {
-#pragma omp parallel for schedule(static) num_threads(threads) if (a.rows > 8)
-        for (int64_t index = 0; index < size(); ++index)
+        parallel_for(size(), threads, a.rows > 8, [&](int64_t index) {
             for (int64_t row = 0; row < a.rows; ++row)
                 round_span(a.x + row * a.columns + spans_[index].first * 8, spans_[index].octets,
                            Levels::kBits, x_.get() + at(spans_[index], row),
                            &factors_[index * a.rows + row], &sums_[index * a.rows + row]);
+        });
     }
 
     int64_t size() const { return static_cast<int64_t>(spans_.size()); }
