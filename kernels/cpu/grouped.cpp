@@ -87,7 +87,7 @@ void run(const Grouped& g) {
     std::stable_sort(used.begin(), used.end(), [&](int64_t a, int64_t b) {
         return starts[a + 1] - starts[a] > starts[b + 1] - starts[b];
     });
-    // In a decode step other threads would wait while rows are copied that are alone.
+    // A row that its expert has alone is not copied: in a decode step other threads would wait for it.
     const auto alone = [&](int64_t e) { return starts[e + 1] - starts[e] == 1; };
     const auto read_in_place = [&](int64_t e) {
         return alone(e) && !g.experts[e].perm && g.columns == padded;

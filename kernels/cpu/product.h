@@ -43,14 +43,14 @@ void with_product(const float* levels, int digits, int activation_bits, Use use)
     use(Tag<BestProduct<LevelCodes>>{});
 }
 
-// Products are computed by tasks, handed to whichever thread is free: the event loop runs on the same
-// cores, and equal shares would wait for the thread it interrupts. A task's tiles are multiplied so
-// many at a time.
+// A product is computed by tasks, which are handed to whichever thread is free: the event loop runs on
+// the same cores, and equal shares would wait for the thread it interrupts. So many of a task's tiles
+// are multiplied at a time.
 constexpr int64_t kTilesAtATime = 4;
 
-// How many of all `tiles` a task has, if each takes as long as so many octets of one row. With few rows
-// memory is waited for: it is best read in long pieces, whose ends no other thread has begun to fetch.
-// But enough tasks are left that all threads end together.
+// How many of all `tiles` a task has, if each takes as long as so many octets of one row. Few rows wait
+// for memory, which is best read in long pieces: what lies behind a piece is prefetched too, in vain if
+// another thread takes it. Tasks enough are left that all threads end together.
 inline int64_t tiles_of_task(int64_t tiles, int64_t octets, int threads) {
     constexpr int64_t kOctets = 4096, kTasksOfThread = 16;
     const int64_t wanted = std::min(kOctets / std::max<int64_t>(octets, 1),  // there may be no rows

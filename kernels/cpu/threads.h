@@ -19,8 +19,8 @@ inline int thread_number() {
 #endif
 }
 
-// body(i) of all i below count, by several threads if it is worth it. `omp parallel if` would make a
-// team even of one thread: after weights have filled the caches that takes 8 us, many times in a step.
+// body(i) of every i below count, by several threads if it is worth it. `omp parallel if` would make a
+// team even of one thread, which takes microseconds if weights have driven it from the caches.
 template <class Body>
 inline void parallel_for(int64_t count, int threads, bool worth_it, Body body) {
     if (!worth_it) {
