@@ -6,7 +6,6 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
 
 import torch
 
@@ -18,7 +17,7 @@ from nybble.engine.parallel import TensorParallel
 from nybble.engine.runner import free_kv_bytes
 from nybble.engine.state_cache import cache_sizes, state_bytes
 from nybble.loaders import Checkpoint
-from nybble.loaders.footprint import weight_bytes
+from nybble.loaders.footprint import RoundedParts, weight_bytes
 from nybble.loaders.mtp import MtpCheckpoint, draft_bytes
 from nybble.models import architecture_of
 
@@ -31,30 +30,11 @@ def memory_explained(
 
     draft: of the draft model, if there is one.
 
-    On the CPU the KV cache is checked against free memory beforehand, because Linux overcommits
-    memory and would later kill the process. Weights are memory-mapped there, so they may be larger
-    than the free memory. On a GPU weights that it cannot hold are refused before any is read.
+    It begins with :func:`check_memory`.
     """
+    check_memory(checkpoint, config, draft)
     device = torch.device(config.device)
-    if device.type == "cuda":
-        ranks = config.tensor_parallel_size
-        _check_weights(_weight_bytes(checkpoint, config, draft), device, ranks)
-    free = available_bytes(device)
-    if device.type == "cpu":
-        free //= config.tensor_parallel_size  # for each rank, which have the same memory
-    kv = _kv_bytes(checkpoint, config, draft)
-    if device.type == "cpu" and kv > free:
-        asked = config.kv_cache_bytes
-        capped = (
-            f" (of the {gib(asked)} asked for, all that {config.max_num_seqs} sequences at full "
-            "length can fill)"
-            if asked is not None and asked > kv
-            else ""
-        )
-        raise ValueError(
-            f"the KV cache of {gib(kv)}{capped} does not fit: {gib(free)} are free. "
-            f"{_would_fit(free, checkpoint, config, draft)}"
-        )
+    free, kv = _free(config), _kv_bytes(checkpoint, config, draft)
     try:
         yield
     except Exception as error:
@@ -68,29 +48,70 @@ def memory_explained(
         ) from error
 
 
-def check_weights(
-    model: Checkpoint,
+def check_memory(
+    checkpoint: Checkpoint,
     config: EngineConfig,
-    layers: Literal["4bit"] | None = None,
-    head: Literal["int8"] | None = None,
+    draft: Checkpoint | None = None,
+    rounded: RoundedParts = (None, None),
+    draft_rounded: RoundedParts = (None, None),
 ) -> None:
-    """Raises ValueError, with what is missing, if a GPU cannot hold the weights of a model.
+    """Raises ValueError, with what is missing, if a model cannot be loaded for want of memory.
 
-    It reads the headers of a model's files as they are stored, so that nothing is packed in vain.
-    layers, head: what is rounded then, see :func:`nybble.loaders.footprint.weight_bytes`.
+    It reads config.json and the headers of files alone, also of models as they are stored, so that
+    nothing is read or packed in vain.
+
+    draft: of the draft model or the head, if there is one.
+    rounded, draft_rounded: the layers and the head that are rounded on the way, of each.
+
+    On a GPU weights are checked. On the CPU they are memory-mapped, so they may be larger than the
+    free memory; the KV cache is checked there, because Linux overcommits memory and would later
+    kill the process.
     """
-    device, ranks = torch.device(config.device), config.tensor_parallel_size
+    device = torch.device(config.device)
     if device.type == "cuda":
-        weights = weight_bytes(model.folder, config.dtype, layers=layers, head=head) // ranks
-        _check_weights(weights, device, ranks)
+        weights = _weight_bytes(checkpoint, config, draft, rounded, draft_rounded)
+        _check_weights(weights, device, config.tensor_parallel_size)
+        return
+    free, kv = _free(config), _kv_bytes(checkpoint, config, draft)
+    if device.type == "cpu" and kv > free:
+        asked = config.kv_cache_bytes
+        capped = (
+            f" (of the {gib(asked)} asked for, all that {config.max_num_seqs} sequences at full "
+            "length can fill)"
+            if asked is not None and asked > kv
+            else ""
+        )
+        raise ValueError(
+            f"the KV cache of {gib(kv)}{capped} does not fit: {gib(free)} are free. "
+            f"{_would_fit(free, checkpoint, config, draft)}"
+        )
 
 
-def _weight_bytes(checkpoint: Checkpoint, config: EngineConfig, draft: Checkpoint | None) -> int:
+def _free(config: EngineConfig) -> int:
+    """Bytes that one rank may take."""
+    device = torch.device(config.device)
+    free = available_bytes(device)
+    # Ranks on the CPU have the same memory.
+    return free // config.tensor_parallel_size if device.type == "cpu" else free
+
+
+def _weight_bytes(
+    checkpoint: Checkpoint,
+    config: EngineConfig,
+    draft: Checkpoint | None,
+    rounded: RoundedParts = (None, None),
+    draft_rounded: RoundedParts = (None, None),
+) -> int:
     """Of rank 0's weights, at least, and of its draft model's."""
-    own = weight_bytes(checkpoint.folder, config.dtype) // config.tensor_parallel_size
+    layers, head = rounded
+    own = weight_bytes(checkpoint.folder, config.dtype, layers=layers, head=head)
+    own //= config.tensor_parallel_size
+    if draft is None:
+        return own
     if config.tensor_parallel_size > 1 and isinstance(draft, MtpCheckpoint):
         own += draft.output_layer_bytes(config.dtype)  # beside its part of the model's
-    return own + (0 if draft is None else draft_bytes(draft, config.dtype))
+    layers, head = draft_rounded
+    return own + draft_bytes(draft, config.dtype, layers=layers, head=head)
 
 
 def _check_weights(weights: int, device: torch.device, ranks: int) -> None:

@@ -18,6 +18,9 @@ from nybble.loaders.tensor_file import TensorHeader
 from nybble.models import Architecture, architecture_of
 from nybble.models.eagle3 import is_eagle3
 
+# Of a 16-bit model, what is rounded while it is loaded: its layers, its head.
+RoundedParts = tuple[Literal["4bit"] | None, Literal["int8"] | None]
+
 # Bytes of a weight with its share of the scales. In 4 bits: blocks of 64 with a float32 scale, or
 # with a scale and a zero of 16 bits. In 8 bits: two 16-bit scales for 128 weights.
 _FOUR_BITS = 1 / 2 + 4 / BLOCKSIZE
@@ -81,8 +84,8 @@ def weight_bytes(
                 total += header.elements * _FOUR_BITS
             else:
                 total += _loaded(header, torch.float32 if header.name in wide else dtype)
-    own = _HEAD.removesuffix("weight")
-    if head and not any(name.startswith(own) for name in headers):
+    output = _HEAD.removesuffix("weight")
+    if head and not any(name.startswith(output) for name in headers):
         # Was tied to the embedding; a quantized head is separate.
         tied = (h for name, h in headers.items() if name.endswith(_EMBEDDING))
         total += sum(_int8_bytes(h.shape) for h in tied)

@@ -161,11 +161,11 @@ class PackedCheckpoint:
             kind = about.pop("kind")
             prefix = name + "|"
             if kind == "tensor":
-                yield name, shards.read_in_turn(prefix + "value")
+                yield name, shards.read(prefix + "value")
                 continue
             for field in (field for fields in _TENSORS[kind] for field in fields):
                 stored = prefix + field
-                about[field] = shards.read_in_turn(stored) if stored in shards else None
+                about[field] = shards.read(stored) if stored in shards else None
             try:
                 if kind == "packed":
                     about["levels"] = torch.tensor(about["levels"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -14,11 +14,16 @@ from torch import Tensor
 from nybble.loaders.errors import CheckpointError
 from nybble.loaders.gguf.index import INDEX as GGUF_INDEX
 from nybble.loaders.gguf.index import gguf_files
-from nybble.loaders.tensor_file import SafetensorsFile, TensorFile, TensorHeader
+from nybble.loaders.tensor_file import SafetensorsFile, TensorFile, TensorHeader, TensorReader
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 
+
+# What is read by one mapping of a file. One for each tensor would not do: Linux allows a process
+# 65,530, and the experts of a large mixture have more tensors. Nor would one for the file: until it
+# ends, all pages that were read stay resident, also of tensors that were rounded and let go.
+_MAPPED_BYTES = 32 << 20
 
 _BACKBONE = re.compile(r"^backbone\.")
 _LANGUAGE_MODEL = re.compile(r"(?:model\.)?language_model\.(?:model\.)?(.*)")
@@ -114,8 +119,8 @@ class Shards:
         self._check_index()
         self._stored, self.other_parts = _of_language_model(list(self._file_of))
         self._parts: dict[str, Part] = {}
-        # The file of read_in_turn's last tensor, and what reads it.
-        self._last: tuple[TensorFile, Callable[[str], Tensor]] | None = None
+        # The file that was read last, what reads it, and how many bytes it has read.
+        self._last: tuple[TensorFile, TensorReader, int] | None = None
 
     def _files(self) -> Sequence[TensorFile]:
         if (self.folder / GGUF_INDEX).is_file():
@@ -210,23 +215,21 @@ class Shards:
         if stored is None:
             raise CheckpointError(f"{self.folder} has no tensor {name}")
         file, part = self._file_of[stored], self._parts.get(name)
-        if part is None or part.index is None:
-            tensor = file.read(stored)
-        else:
-            tensor = part.of(file.read_entry(stored, part.index))
+        index = None if part is None else part.index
+        tensor = self._read(file, stored, index)
+        if part is not None and index is not None:
+            tensor = part.of(tensor)
         if shape is not None and tuple(tensor.shape) != shape:
             raise CheckpointError(
                 f"{file.path}: {name} has shape {tuple(tensor.shape)}, expected {shape}"
             )
         return tensor
 
-    def read_in_turn(self, name: str) -> Tensor:
-        """As :meth:`read`; tensors that are read in turn from one file share its mapping.
-
-        It lasts as long as one of them. Linux allows a process 65,530 mappings, and the experts of
-        a large mixture have more tensors.
-        """
-        file = self._file_of[self._stored[name]]
-        if self._last is None or self._last[0] is not file:
-            self._last = file, file.many()
-        return self._last[1](self._stored[name])
+    def _read(self, file: TensorFile, name: str, index: int | None) -> Tensor:
+        """The tensor or its entry. Those that are read one after another share a mapping."""
+        if self._last is None or self._last[0] is not file or self._last[2] > _MAPPED_BYTES:
+            self._last = file, file.open(), 0
+        _, reader, done = self._last
+        tensor = reader.read(name) if index is None else reader.read_entry(name, index)
+        self._last = file, reader, done + tensor.nbytes
+        return tensor

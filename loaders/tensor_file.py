@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -47,21 +47,21 @@ class TensorFile(Protocol):
         """The header of every tensor; no tensor data is read."""
         ...
 
+    def open(self) -> TensorReader: ...
+
+
+class TensorReader(Protocol):
+    """Reads tensors of an open file. If they are views of a mapping, all have the same."""
+
     def read(self, name: str) -> Tensor: ...
 
     def read_entry(self, name: str, index: int) -> Tensor:
         """``read(name)[index]``; the other entries are not read."""
         ...
 
-    def many(self) -> Callable[[str], Tensor]:
-        """``read`` for many tensors that are to stay; a file that is mapped is mapped once."""
-        ...
-
 
 @dataclass(frozen=True)
 class SafetensorsFile:
-    """Opened again for each read: closing drops the mapping, so pages read do not stay resident."""
-
     path: Path
 
     def names(self) -> list[str]:
@@ -84,16 +84,20 @@ class SafetensorsFile:
                 floating = dtype.startswith(("F", "BF"))
                 yield TensorHeader(name, tuple(tensor.get_shape()), itemsize, floating)
 
-    def read(self, name: str) -> Tensor:
-        with safe_open(self.path, framework="pt") as file:
-            tensor: Tensor = file.get_tensor(name)
-            return tensor
+    def open(self) -> TensorReader:
+        return _Mapping(safe_open(self.path, framework="pt"))
 
-    def many(self) -> Callable[[str], Tensor]:
-        read: Callable[[str], Tensor] = safe_open(self.path, framework="pt").get_tensor
-        return read
+
+@dataclass(frozen=True)
+class _Mapping:
+    """It lasts as long as this or one of the tensors, and so do the pages that were read."""
+
+    file: Any  # a safe_open, whose methods have no types
+
+    def read(self, name: str) -> Tensor:
+        tensor: Tensor = self.file.get_tensor(name)
+        return tensor
 
     def read_entry(self, name: str, index: int) -> Tensor:
-        with safe_open(self.path, framework="pt") as file:
-            entry: Tensor = file.get_slice(name)[index]
-            return entry
+        entry: Tensor = self.file.get_slice(name)[index]
+        return entry

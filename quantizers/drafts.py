@@ -12,9 +12,10 @@ from nybble.engine.draft_model import check_rounding, check_speculation
 from nybble.kernels.progress import Progress
 from nybble.loaders import Checkpoint
 from nybble.loaders.checkpoint import can_be_rounded
+from nybble.loaders.footprint import RoundedParts
 from nybble.loaders.mtp import MtpCheckpoint, has_mtp, open_mtp
 from nybble.quantizers.in_flight import InFlight, InFlightFormat
-from nybble.quantizers.prepare import opened, prepare_checkpoint
+from nybble.quantizers.prepare import opened, prepare_checkpoint, rounded_parts
 
 
 def stored_draft(
@@ -47,6 +48,21 @@ def stored_draft(
         )
     check_speculation(model, draft, config)
     return draft
+
+
+def rounded_draft_parts(
+    draft: Checkpoint | None,
+    model: str,
+    name: str | None,
+    quantize: InFlightFormat | None,
+    model_quantize: InFlightFormat | None,
+) -> RoundedParts:
+    """What of ``draft`` is rounded on the way; the others are :func:`prepared_draft`'s."""
+    if draft is None:
+        return None, None
+    if isinstance(draft, MtpCheckpoint):  # rounded like the model
+        return rounded_parts(model, draft, quantize or model_quantize)
+    return rounded_parts(name or "", draft, quantize)
 
 
 def prepared_draft(

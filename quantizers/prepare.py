@@ -15,7 +15,6 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Literal
 
 import torch
 
@@ -31,6 +30,7 @@ from nybble.loaders import (
     save_packed,
 )
 from nybble.loaders.adapter import content_digest
+from nybble.loaders.footprint import RoundedParts
 from nybble.model_name import DEMO
 from nybble.models import architecture_of
 from nybble.quantizers import InFlight, merge_adapter, quantize_checkpoint
@@ -51,11 +51,8 @@ def rounded_parts(
     source: Checkpoint,
     quantize: InFlightFormat | None = None,
     head: HeadFormat = "16bit",
-) -> tuple[Literal["4bit"] | None, Literal["int8"] | None]:
-    """Which layers of ``source``, called ``name``, and whether its head are rounded on the way.
-
-    As :func:`nybble.loaders.footprint.weight_bytes` has them.
-    """
+) -> RoundedParts:
+    """Which layers of ``source``, called ``name``, and whether its head are rounded on the way."""
     if _is_demo(name, source, quantize):
         return "4bit", "int8"
     return "4bit" if quantize else None, head_format(source, quantize, head)

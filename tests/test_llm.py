@@ -387,9 +387,6 @@ def test_a_draft_model_changes_no_output(llm: LLM, tiny_model: Callable[..., Pat
 def test_a_draft_model_that_does_not_fit_is_refused_before_the_model_is_packed(
     tiny_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def packed(*arguments: Any, **options: Any) -> None:
-        raise AssertionError("the model was packed")
-
     monkeypatch.setattr(prepare, "save_packed", packed)
     options = {"quantize": "nf4", "draft_model": tiny_model(family="lfm2", layers=3)}
     with pytest.raises(ValueError, match=r"the draft model .* cannot be taken back"):
@@ -410,9 +407,6 @@ def test_ranks_that_cannot_be_are_refused_before_any_model_is_packed(
     options: dict[str, Any],
     said: str,
 ) -> None:
-    def packed(*arguments: Any, **options: Any) -> None:
-        raise AssertionError("a model was packed")
-
     monkeypatch.setattr(prepare, "save_packed", packed)
     if options:
         options = options | {"draft_model": tiny_model(seed=1)}
@@ -433,29 +427,75 @@ def test_weights_that_a_gpu_cannot_hold_are_refused_before_they_are_packed(
         folder = tmp_path / "gptq"
     need = weight_bytes(folder, torch.bfloat16, layers="4bit" if quantize else None)
 
-    def packed(*arguments: Any, **options: Any) -> None:
-        raise AssertionError("the model was packed")
-
     monkeypatch.setattr(prepare, "save_packed", packed)
     monkeypatch.setattr("nybble.llm.resolve_device", torch.device)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, need))
     options = SMALL | {"device": "cuda", "quantize": quantize}
-    free = need - 4096
-    with pytest.raises(ValueError, match=rf"weights take {gib(need)}, {gib(4096)} more than the"):
-        LLM(folder, **options)
-    with pytest.raises(ValueError, match=rf"weights take {gib(need)}, {gib(4096)} more than the"):
-        served(folder, quantize)
-    free = need
-    with pytest.raises(AssertionError, match="was packed"):
-        LLM(folder, **options)
-    with pytest.raises(AssertionError, match="was packed"):
-        served(folder, quantize)
+    ways = lambda: LLM(folder, **options), lambda: served(folder, "cuda", quantize=quantize)
+    for load in ways:
+        free = need - 4096
+        with pytest.raises(ValueError, match=rf"take {gib(need)}, {gib(4096)} more than the"):
+            load()
+        free = need
+        with pytest.raises(AssertionError, match="was packed"):
+            load()
 
 
-def served(folder: Path, quantize: Literal["nf4"] | None) -> None:
-    """The model as ``nybble serve --device cuda`` loads it."""
-    options = ServeOptions(model=ModelOptions(model=str(folder), quantize=quantize))
-    load_engine(options, EngineConfig(device="cuda"), {}, Startup(bars=False))
+@pytest.mark.parametrize("quantize", [None, "nf4"])
+def test_a_draft_model_that_a_gpu_cannot_hold_is_refused_before_anything_is_packed(
+    tiny_model: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    quantize: Literal["nf4"] | None,
+) -> None:
+    folder, draft = tiny_model(), tiny_model(seed=1)
+    need = weight_bytes(folder, torch.bfloat16, layers="4bit")
+    need += weight_bytes(draft, torch.bfloat16, layers="4bit" if quantize else None)
+    monkeypatch.setattr(prepare, "save_packed", packed)
+    monkeypatch.setattr("nybble.llm.resolve_device", torch.device)
+    monkeypatch.setattr("nybble.engine.draft_model.resolve_device", torch.device)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, need))
+    options = {"draft_model": str(draft), "draft_quantize": quantize, "quantize": "nf4"}
+    ways = (
+        lambda: LLM(folder, **SMALL | options | {"device": "cuda"}),  # type: ignore[arg-type]
+        lambda: served(folder, "cuda", speculate="draft", **options),  # type: ignore[arg-type]
+    )
+    for load in ways:
+        free = need - 4096
+        with pytest.raises(ValueError, match=rf"take {gib(need)}, {gib(4096)} more than the"):
+            load()
+        free = need
+        with pytest.raises(AssertionError, match="was packed"):
+            load()
+
+
+def test_a_kv_cache_that_does_not_fit_is_refused_before_the_model_is_packed(
+    tiny_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prepare, "save_packed", packed)
+    monkeypatch.setattr("nybble.engine.memory.available_bytes", lambda device: free)
+    folder = tiny_model()
+    ways = (
+        lambda: LLM(folder, **SMALL | {"device": "cpu", "quantize": "nf4"}),
+        lambda: served(folder, "cpu", quantize="nf4"),
+    )
+    for load in ways:
+        free = 1 << 16
+        with pytest.raises(ValueError, match=r"the KV cache of .* does not fit: 0.1 MiB are free"):
+            load()
+        free = 1 << 40
+        with pytest.raises(AssertionError, match="was packed"):
+            load()
+
+
+def packed(*arguments: Any, **options: Any) -> None:
+    raise AssertionError("a model was packed")
+
+
+def served(folder: Path, device: str, *, speculate: str = "off", **options: Any) -> None:
+    """The model as ``nybble serve`` loads it."""
+    config = EngineConfig(device=device, kv_cache_bytes=1 << 20, speculate=speculate)  # type: ignore[arg-type]
+    own = ModelOptions(model=str(folder), **options)
+    load_engine(ServeOptions(model=own), config, {}, Startup(bars=False))
 
 
 def test_an_unknown_name_is_an_attribute_error() -> None:

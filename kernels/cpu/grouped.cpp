@@ -35,9 +35,14 @@ struct Grouped {
     int scale_type, threads;
 };
 
-// Row `place` of all (rows, top_k), in the order of an expert's stored columns.
+// Row `place` of all (rows, top_k).
+const bf16* row_of(const Grouped& g, int64_t place) {
+    return g.x + (g.x_per_expert ? place : place / g.top_k) * g.inputs;
+}
+
+// The same in the order of an expert's stored columns.
 void gather(const Grouped& g, int64_t place, const int32_t* perm, int64_t padded, bf16* target) {
-    const bf16* source = g.x + (g.x_per_expert ? place : place / g.top_k) * g.inputs;
+    const bf16* source = row_of(g, place);
     if (perm)
         for (int64_t k = 0; k < g.columns; ++k) target[k] = source[perm[k]];
     else
@@ -82,24 +87,33 @@ void run(const Grouped& g) {
     std::stable_sort(used.begin(), used.end(), [&](int64_t a, int64_t b) {
         return starts[a + 1] - starts[a] > starts[b + 1] - starts[b];
     });
+    // A row that its expert has alone is not copied: in a decode step other threads would wait for it.
+    const auto alone = [&](int64_t e) { return starts[e + 1] - starts[e] == 1; };
+    const auto read_in_place = [&](int64_t e) {
+        return alone(e) && !g.experts[e].perm && g.columns == padded;
+    };
+    const auto written_in_place = [&](int64_t e) { return alone(e) && !g.weights; };
     std::unique_ptr<bf16[]> x(new bf16[places * padded]), y(new bf16[places * g.outputs]);
     const int movers = places > 64 ? g.threads : 1;
     parallel_for_small(places, movers, [&](int64_t slot, int) {
-        gather(g, place_of[slot], g.experts[g.ids[place_of[slot]]].perm, padded,
-               x.get() + slot * padded);
+        const int64_t place = place_of[slot], e = g.ids[place];
+        if (!read_in_place(e)) gather(g, place, g.experts[e].perm, padded, x.get() + slot * padded);
     });
     std::vector<std::unique_ptr<AnyProduct>> products;
+    products.reserve(used.size());
     int64_t size = 0;
     for (const int64_t e : used) {
         const Expert& expert = g.experts[e];
-        const PackedArgs args{x.get() + starts[e] * padded,
+        const int64_t first = starts[e], place = place_of[first];
+        const PackedArgs args{read_in_place(e) ? row_of(g, place) : x.get() + first * padded,
                               expert.codes,
                               expert.scales,
                               expert.zeros,
                               g.levels,
                               expert.bias,
-                              y.get() + starts[e] * g.outputs,
-                              starts[e + 1] - starts[e],
+                              written_in_place(e) ? g.out + place * g.outputs
+                                                  : y.get() + first * g.outputs,
+                              starts[e + 1] - first,
                               g.outputs,
                               padded,
                               padded / 8,
@@ -110,21 +124,23 @@ void run(const Grouped& g) {
         products.push_back(std::make_unique<AnyProduct>(args, g.threads));
         size = std::max(size, products.back()->buffer_size());
     }
-    // Chunks of 4 tiles, as in nybble_packed_matmul.
-    constexpr int64_t kChunk = 4;
-    const int64_t tiles = (g.outputs + 15) / 16, chunks = (tiles + kChunk - 1) / kChunk;
-    const auto tasks = static_cast<int64_t>(products.size()) * chunks;
+    const auto experts = static_cast<int64_t>(products.size());
+    const int64_t tiles = (g.outputs + 15) / 16;
+    const int64_t rows = experts ? places / experts : 0;  // of an expert, on average
+    const int64_t each = tiles_of_task(experts * tiles, padded / 8 * rows, g.threads);
+    const int64_t tasks = (tiles + each - 1) / each;  // of an expert
     const auto all_buffers = buffers(g.threads, size);
-    parallel_for(tasks, g.threads, [&](int64_t task, int thread) {
-        const int64_t tile = task % chunks * kChunk;
-        products[task / chunks]->tiles(tile, std::min(kChunk, tiles - tile),
-                                       all_buffers.get() + thread * size);
+    parallel_for(experts * tasks, g.threads, [&](int64_t task, int thread) {
+        const int64_t first = task % tasks * each;
+        multiply_tiles(*products[task / tasks], first, std::min(first + each, tiles),
+                       all_buffers.get() + thread * size);
     });
     parallel_for_small(g.rows, movers, [&](int64_t row, int) {
         if (g.weights) return combine(g, row, slots.data(), y.get());
         for (int64_t place = row * g.top_k; place < (row + 1) * g.top_k; ++place)
-            std::memcpy(g.out + place * g.outputs, y.get() + slots[place] * g.outputs,
-                        g.outputs * sizeof(bf16));
+            if (!written_in_place(g.ids[place]))
+                std::memcpy(g.out + place * g.outputs, y.get() + slots[place] * g.outputs,
+                            g.outputs * sizeof(bf16));
     });
 }
 

@@ -9,18 +9,15 @@
 
 using namespace nybble;
 
-// Work is handed out in chunks of 4 tiles (64 outputs) to whichever thread is free: the event loop
-// runs on the same cores, and equal shares would wait for the thread it interrupts.
 template <class Product>
-void multiply(const Product& product, int64_t outputs, int threads) {
-    const int64_t tiles = (outputs + 15) / 16;
-    constexpr int64_t kChunk = 4;
-    const int64_t chunks = (tiles + kChunk - 1) / kChunk;
-    const int64_t size = product.buffer_size();
+void multiply(const Product& product, const PackedArgs& a, int threads) {
+    const int64_t tiles = (a.outputs + 15) / 16, size = product.buffer_size();
+    const int64_t each = tiles_of_task(tiles, a.octets * a.rows, threads);
     const auto all_buffers = buffers(threads, size);
-    parallel_for(chunks, threads, [&](int64_t chunk, int thread) {
-        product.tiles(chunk * kChunk, std::min(kChunk, tiles - chunk * kChunk),
-                      all_buffers.get() + thread * size);
+    parallel_for((tiles + each - 1) / each, threads, [&](int64_t task, int thread) {
+        const int64_t first = task * each;
+        multiply_tiles(product, first, std::min(first + each, tiles),
+                       all_buffers.get() + thread * size);
     });
 }
 
@@ -35,7 +32,7 @@ extern "C" int nybble_packed_matmul(const bf16* x, const uint8_t* codes, const v
                        rows,    outputs,     columns,     columns / 8, groups, octets_per_group,
                        scale_type, digits};
     with_product(levels, digits, activation_bits, [&](auto tag) {
-        multiply(typename decltype(tag)::type(a, threads), outputs, threads);
+        multiply(typename decltype(tag)::type(a, threads), a, threads);
     });
     return kDone;
 } catch (const std::exception&) {

@@ -62,6 +62,7 @@ class TileProduct {
     TileProduct(const PackedArgs& args, int threads)
         : a(args), decoder_(args.levels), spans_(spans_of(args, kSpanOctets)) {
         int64_t steps = 0;
+        first_steps_.reserve(spans_.size());
         for (const Span& span : spans_) {
             first_steps_.push_back(steps);
             steps += steps_of(span);

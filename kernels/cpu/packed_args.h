@@ -67,6 +67,7 @@ struct Span {
 // The groups' columns in spans of at most so many octets.
 inline std::vector<Span> spans_of(const PackedArgs& a, int64_t most_octets) {
     std::vector<Span> spans;
+    spans.reserve(a.groups);
     for (int64_t group = 0; group < a.groups; ++group) {
         int64_t first = group * a.octets_per_group;
         const int64_t end = std::min(a.octets, first + a.octets_per_group);

@@ -2,6 +2,8 @@
 
 #pragma once
 
+#include <algorithm>
+
 #if defined(__AMX_BF16__)
 #include "matmul_amx.h"
 #elif defined(__AVX512BF16__)
@@ -39,6 +41,27 @@ void with_product(const float* levels, int digits, int activation_bits, Use use)
     if (are_integers(levels)) return use(Tag<BestProduct<IntegerCodes>>{});
 #endif
     use(Tag<BestProduct<LevelCodes>>{});
+}
+
+// A product is computed by tasks, which are handed to whichever thread is free: the event loop runs on
+// the same cores, and equal shares would wait for the thread it interrupts. So many of a task's tiles
+// are multiplied at a time.
+constexpr int64_t kTilesAtATime = 4;
+
+// How many of all `tiles` a task has, if each takes as long as so many octets of one row. Few rows wait
+// for memory, which is best read in long pieces: what lies behind a piece is prefetched too, in vain if
+// another thread takes it. Tasks enough are left that all threads end together.
+inline int64_t tiles_of_task(int64_t tiles, int64_t octets, int threads) {
+    constexpr int64_t kOctets = 4096, kTasksOfThread = 16;
+    const int64_t wanted = std::min(kOctets / std::max<int64_t>(octets, 1),  // there may be no rows
+                                    tiles / (kTasksOfThread * threads));
+    return std::max(kTilesAtATime, wanted / kTilesAtATime * kTilesAtATime);
+}
+
+template <class Product>
+void multiply_tiles(const Product& product, int64_t first, int64_t end, float* buffer) {
+    for (int64_t tile = first; tile < end; tile += kTilesAtATime)
+        product.tiles(tile, std::min(kTilesAtATime, end - tile), buffer);
 }
 
 }  // namespace nybble

@@ -188,7 +188,7 @@ def prefill_kernel(
         mask = (row // GROUP < PIECE) & (local < length)
         is_part = count > 1 if PIECES > 1 else False
         if is_part:
-            to = stored.to(tl.int64) * kv_heads * GROUP
+            to = tl.cast(stored, tl.int64) * kv_heads * GROUP
             to += (local * kv_heads * GROUP + q_head) * count + split
             tl.store(partial_peak + to, peak, mask)
             tl.store(partial_total + to, total, mask)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from nybble.loaders.errors import CheckpointError
-from nybble.loaders.tensor_file import TensorHeader
+from nybble.loaders.tensor_file import TensorHeader, TensorReader
 
 INDEX = "gguf.json"
 SOURCE = "gguf_source.json"  # the state of the files that the folder was made from
@@ -111,8 +111,8 @@ class GgufFile:
         tensor = torch.from_numpy(stored).view(entry.dtype).view(shape)
         return tensor - entry.subtract if entry.subtract else tensor
 
-    def many(self) -> Callable[[str], Tensor]:
-        return self.read
+    def open(self) -> TensorReader:
+        return self
 
     def read(self, name: str) -> Tensor:
         entry = self._entries[name]

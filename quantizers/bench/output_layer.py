@@ -26,10 +26,11 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=512)
     options = parser.parse_args()
     folder = resolve_model(options.model)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    model.train(False)
     torch.manual_seed(0)
     tokens = text_tokens(folder, None, "held-out", options.samples, options.length)
-    head = model.get_output_embeddings().weight.detach()
+    head = model.lm_head.weight.detach()
     rounded = round_to_int8(head, 128).dequantize().to(head.dtype)
     divergences, losses, others = [], [], 0
     with torch.no_grad():

@@ -39,7 +39,7 @@ from nybble.loaders.footprint import weight_bytes
 from nybble.loaders.mtp import MtpCheckpoint, draft_bytes
 from nybble.loaders.tokenizer import load_tokenizer
 from nybble.models import Architecture, architecture_of
-from nybble.quantizers.drafts import stored_draft
+from nybble.quantizers.drafts import rounded_draft_parts, stored_draft
 from nybble.quantizers.in_flight import HeadFormat, InFlightFormat
 from nybble.quantizers.prepare import rounded_parts
 
@@ -205,11 +205,9 @@ def _model(plan: Plan, memory: Callable[[torch.device], int] | None) -> Iterator
         draft = _draft(plan, checkpoint)
         drafts = 0
         if draft is not None:
-            if isinstance(draft, MtpCheckpoint):  # rounded like the model
-                rounding = plan.draft_quantize or plan.quantize
-                parts = rounded_parts(plan.model, draft, rounding)
-            else:
-                parts = rounded_parts(plan.draft or "", draft, plan.draft_quantize)
+            parts = rounded_draft_parts(
+                draft, plan.model, plan.draft, plan.draft_quantize, plan.quantize
+            )
             drafts = draft_bytes(draft, plan.config.dtype, layers=parts[0], head=parts[1])
     except (LookupError, ValueError, OSError) as error:
         yield Finding("model", " ".join(str(error).split()), "broken")

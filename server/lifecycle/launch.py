@@ -15,11 +15,11 @@ import torch
 
 from nybble.engine import Engine, EngineConfig
 from nybble.engine.adapters import require_rank
-from nybble.engine.memory import check_weights, memory_explained
+from nybble.engine.memory import check_memory, memory_explained
 from nybble.engine.ranks import check_ranks
 from nybble.loaders import Checkpoint, load_adapter, resolve_adapter, resolve_model
 from nybble.models import architecture_of
-from nybble.quantizers.drafts import prepared_draft, stored_draft
+from nybble.quantizers.drafts import prepared_draft, rounded_draft_parts, stored_draft
 from nybble.quantizers.prepare import prepare_checkpoint, rounded_parts
 from nybble.server.adapters.admin import restore, restore_mixtures, restore_uploads
 from nybble.server.http.listen import BACKLOG, is_loopback
@@ -146,11 +146,17 @@ def load_engine(
                 require_rank(
                     folder, load_adapter(folder, architecture).rank, config.adapters.max_rank
                 )
-        stored_draft(
-            model, config, draft_name, aliases=aliases, quantize=options.model.draft_quantize
-        )
         own = options.model
-        check_weights(model, config, *rounded_parts(own.model, model, own.quantize, own.head))
+        draft = stored_draft(
+            model, config, draft_name, aliases=aliases, quantize=own.draft_quantize
+        )
+        check_memory(
+            model,
+            config,
+            draft,
+            rounded_parts(own.model, model, own.quantize, own.head),
+            rounded_draft_parts(draft, own.model, draft_name, own.draft_quantize, own.quantize),
+        )
 
     checkpoint = prepare_checkpoint(
         options.model.model,

@@ -47,7 +47,7 @@ from nybble.engine.conversation import (
     takes_parts,
     turn_of,
 )
-from nybble.engine.memory import check_weights, memory_explained
+from nybble.engine.memory import check_memory, memory_explained
 from nybble.engine.ranks import check_ranks
 from nybble.engine.request import FinishReason
 from nybble.kernels.progress import Bar
@@ -55,7 +55,7 @@ from nybble.loaders import Checkpoint
 from nybble.loaders.adapter_tokens import TextTokenizer
 from nybble.loaders.templates import TemplateFailedError, TemplateRefusedError, TemplateRenderer
 from nybble.models import architecture_of
-from nybble.quantizers.drafts import prepared_draft, stored_draft
+from nybble.quantizers.drafts import prepared_draft, rounded_draft_parts, stored_draft
 from nybble.quantizers.prepare import prepare_checkpoint, rounded_parts
 
 T = TypeVar("T")
@@ -191,8 +191,16 @@ class LLM:
         def check(stored: Checkpoint) -> None:
             """Before anything is packed, the draft model included."""
             check_ranks(architecture_of(stored.config), config)
-            stored_draft(stored, config, draft_name, aliases=aliases, quantize=draft_quantize)
-            check_weights(stored, config, *rounded_parts(str(model), stored, quantize, head))
+            draft = stored_draft(
+                stored, config, draft_name, aliases=aliases, quantize=draft_quantize
+            )
+            check_memory(
+                stored,
+                config,
+                draft,
+                rounded_parts(str(model), stored, quantize, head),
+                rounded_draft_parts(draft, str(model), draft_name, draft_quantize, quantize),
+            )
 
         checkpoint = prepare_checkpoint(
             str(model),

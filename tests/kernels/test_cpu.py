@@ -340,6 +340,19 @@ def test_a_row_does_not_depend_on_its_batch(cpu: CpuLibrary, kind: str) -> None:
             assert torch.equal(cpu.packed_matmul(x[rows], weight), together[rows])
 
 
+def test_many_outputs_are_those_of_the_weights_parts(cpu: CpuLibrary) -> None:
+    """Of few rows, whose tasks are larger then."""
+    weight = random_weight(4217, 64, 32, "asym", torch.float16, act_order=False, bias=True)
+    whole, *parts = (
+        each.to_layout("cpu_tiles")
+        for each in (weight, weight.rows(0, 1600), weight.rows(1600, 4217))
+    )
+    for rows in (1, 3):
+        x = torch.randn(rows, 64).bfloat16()
+        expected = torch.cat([cpu.packed_matmul(x, part) for part in parts], dim=1)
+        assert torch.equal(cpu.packed_matmul(x, whole), expected)
+
+
 @pytest.mark.parametrize("exponent", [-100, -118, -124, -130])
 def test_nor_does_a_row_whose_products_are_no_normal_floats(cpu: CpuLibrary, exponent: int) -> None:
     torch.manual_seed(0)

@@ -143,6 +143,21 @@ def test_the_kernel_is_the_reference_over_its_own_products_to_the_bit(
     assert torch.equal(found.view(torch.int16), expected.view(torch.int16))
 
 
+def test_experts_of_many_outputs_are_their_own_products_to_the_bit(cpu: CpuLibrary) -> None:
+    """The kernel's tasks are larger then, than those of one expert alone."""
+    torch.manual_seed(0)
+    experts = [
+        expert.to_layout("cpu_tiles")
+        for expert in random_experts(5, 1593, 64, 32, "asym", act_order=False, bias=True)
+    ]
+    linears = [cpu.linear(expert, torch.bfloat16) for expert in experts]
+    kernel = cpu.grouped_linear(experts, torch.bfloat16)
+    for rows in (1, 3):
+        ids, x = route(rows, 5, 4, "even"), torch.randn(rows, 64).bfloat16()
+        expected = reference.grouped_matmul(x, ids, None, experts=linears)
+        assert torch.equal(kernel(x, ids, None), expected)
+
+
 def test_the_kernel_reads_only_the_experts_that_have_rows(cpu: CpuLibrary) -> None:
     experts = random_experts(128, 48, 64, 32, "asym", act_order=True, bias=True)
     kernel: Any = cpu.grouped_linear(

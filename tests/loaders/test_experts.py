@@ -84,6 +84,19 @@ def test_stacked_and_separate_tensors_are_the_same_weights(
         assert torch.equal(weight, expected[name]), name
 
 
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="mappings are listed by Linux")
+@pytest.mark.parametrize("published", [True, False])
+def test_the_tensors_of_a_file_share_a_mapping(
+    folder_of: Callable[..., Path], published: bool
+) -> None:
+    """Each by itself, those of a large mixture are more than Linux allows a process."""
+    folder = folder_of("qwen3_moe", published=published)
+    found = dict(open_checkpoint(folder).weights())
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    # A private and a writable mapping may lie side by side in two lines.
+    assert 1 <= sum(str(folder) in line for line in lines) <= 2 < len(found)
+
+
 @pytest.mark.parametrize("published", [True, False])
 def test_the_memory_of_a_mixture_is_known_from_its_headers(
     folder_of: Callable[..., Path], published: bool

@@ -77,7 +77,7 @@ class Size:
 
 
 SMALL = Size(64, 64, 2, 1, 4 * MIB, 0)
-QUICK = Size(1024, 512, 64, 1, 4 * MIB, 48 * MIB)
+QUICK = Size(1024, 512, 64, 1, 4 * MIB, 80 * MIB)
 # 3 GB in 16 bits, more than 1 GiB above what is packed.
 REAL = Size(2048, 768, 128, 3, 256 * MIB, GIB)
 
