@@ -94,11 +94,6 @@ class Eagle3Module:
         )
         self._norm = norm("norm.weight")
         own = tensors.get("lm_head.weight")
-        if own is None and target.base.head.out_features < about.vocab:
-            raise ValueError(
-                "the EAGLE-3 head has no lm_head and would use the model's, of which each rank has "
-                "a part: expected a head with an lm_head, or a tensor_parallel_size of 1"
-            )
         head = target.base.head if own is None else DenseWeight(own.to(device, dtype))
         self._head = backend.linear(head, dtype)
         self._ids = torch.arange(about.vocab)

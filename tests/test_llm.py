@@ -430,8 +430,9 @@ def test_weights_that_a_gpu_cannot_hold_are_refused_before_they_are_packed(
     monkeypatch.setattr(prepare, "save_packed", packed)
     monkeypatch.setattr("nybble.llm.resolve_device", torch.device)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, need))
-    options = SMALL | {"device": "cuda", "quantize": quantize}
-    ways = lambda: LLM(folder, **options), lambda: served(folder, "cuda", quantize=quantize)
+    own: dict[str, Any] = {"quantize": quantize, "head": "16bit"}
+    options = SMALL | {"device": "cuda"} | own
+    ways = lambda: LLM(folder, **options), lambda: served(folder, "cuda", **own)
     for load in ways:
         free = need - 4096
         with pytest.raises(ValueError, match=rf"take {gib(need)}, {gib(4096)} more than the"):
@@ -454,7 +455,8 @@ def test_a_draft_model_that_a_gpu_cannot_hold_is_refused_before_anything_is_pack
     monkeypatch.setattr("nybble.llm.resolve_device", torch.device)
     monkeypatch.setattr("nybble.engine.draft_model.resolve_device", torch.device)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, need))
-    options = {"draft_model": str(draft), "draft_quantize": quantize, "quantize": "nf4"}
+    options = {"draft_model": str(draft), "draft_quantize": quantize}
+    options |= {"quantize": "nf4", "head": "16bit"}
     ways = (
         lambda: LLM(folder, **SMALL | options | {"device": "cuda"}),  # type: ignore[arg-type]
         lambda: served(folder, "cuda", speculate="draft", **options),  # type: ignore[arg-type]

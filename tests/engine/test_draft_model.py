@@ -99,7 +99,7 @@ def test_models_that_cannot_be_taken_back_and_settings_that_do_not_go_together_a
     draft = tiny_model(seed=1)
     with pytest.raises(ValueError, match="speculate is 'ngram', expected 'draft' or 'auto'"):
         start(draft, speculate="ngram")
-    with pytest.raises(ValueError, match="is 'draft', which needs a draft model"):
+    with pytest.raises(ValueError, match="is 'draft', which needs a draft_model"):
         start(None)
     with pytest.raises(ValueError, match="holds no block of 4 tokens"):
         start(draft, kv_cache_bytes=3 << 10)
