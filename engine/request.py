@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -118,7 +118,7 @@ class SamplingParams:
     bad_words: tuple[str, ...] = ()
     allowed_token_ids: tuple[int, ...] | None = None
     seed: int | None = None
-    stop: tuple[str, ...] = ()
+    stop: str | Sequence[str] = ()
     stop_token_ids: tuple[int, ...] = ()
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False
@@ -160,6 +160,8 @@ class SamplingParams:
                     "logit_bias",
                     f"logit_bias of token {token} is {bias}, expected between -100 and 100",
                 )
+        if isinstance(self.stop, str):  # one, as in the HTTP API
+            object.__setattr__(self, "stop", (self.stop,))
         require(all(self.stop), "stop", "non-empty strings")
         require(all(map(str.strip, self.bad_words)), "bad_words", "strings with more than spaces")
         require(self.allowed_token_ids != (), "allowed_token_ids", "at least one token id")

@@ -559,3 +559,25 @@ def test_with_activations_in_8_bits_a_request_answers_alike_in_any_company(
         assert [[one] for one in llm.generate(PROMPTS, GREEDY)] == alone
     with pytest.raises(ValueError, match=r"activations are int8: .* the dtype float32"):
         LLM(tiny_model(), activations="int8", dtype="float32", **options)
+
+
+def test_a_program_that_ends_while_it_generates_ends_as_it_says(
+    tiny_model: Callable[..., Path],
+) -> None:
+    """Python ends the threads of a program; one that computes would abort it."""
+    program = (
+        "import sys, threading, time; from nybble import LLM, SamplingParams; "
+        f"llm = LLM({str(tiny_model())!r}, progress=False, kv_cache_bytes=1 << 20); "
+        "params = SamplingParams(max_tokens=3000, ignore_eos=True); "
+        "ask = lambda: [llm.generate(['x'], params) for _ in range(100)]; "
+        "threading.Thread(target=ask, daemon=True).start(); time.sleep(0.5); sys.exit(3)"
+    )
+    for _ in range(3):
+        result = subprocess.run([sys.executable, "-c", program], capture_output=True, timeout=120)
+        assert result.returncode == 3, result.stderr.decode()
+
+
+def test_one_stop_string_is_not_its_letters() -> None:
+    assert SamplingParams(stop="turn").stop == ("turn",)
+    with pytest.raises(ValueError, match="stop is"):
+        SamplingParams(stop="")

@@ -237,8 +237,8 @@ class LLM:
         self._loop = _LoopThread()
         self._loop.start()
         engine.start()
+        # When the program ends, too: Python ends threads that compute in a way that aborts it.
         self._finalizer = weakref.finalize(self, _close, engine, self._templates, self._loop)
-        self._finalizer.atexit = False  # the process ends anyway
 
     @property
     def max_model_len(self) -> int:
