@@ -219,7 +219,7 @@ def _observe(metrics: Metrics) -> Middleware:
         finally:
             resource = request.match_info.route.resource
             route = resource.canonical if resource is not None else "unknown"
-            if status == _CLIENT_CLOSED:
+            if status == _CLIENT_CLOSED and record.cause is None:  # else it was cancelled by its id
                 record.cause = "client_closed"
             seconds = time.monotonic() - started
             metrics.answered(request.method, route, status, seconds, record.cause)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 from collections.abc import Iterator
 from hashlib import sha256
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 
 from nybble.engine import Engine
+from nybble.server.observability.logs import LogEvent
 from nybble.server.tenancy.tenants import Tenants
 from nybble.server.tenancy.usage import UsageLedger
 
@@ -84,7 +86,11 @@ def test_a_stream_is_cancelled_by_id(engine: Engine, named: bool) -> None:
     run(engine, scenario)
 
 
-def test_an_answer_that_is_awaited_whole_is_cancelled_by_id(engine: Engine) -> None:
+def test_an_answer_that_is_awaited_whole_is_cancelled_by_id(
+    engine: Engine, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+
     async def scenario(client: Client) -> None:
         asked = asyncio.create_task(client.post(CHAT, json=LONG, headers={"X-Request-Id": "mine"}))
         for _ in range(500):
@@ -96,6 +102,8 @@ def test_an_answer_that_is_awaited_whole_is_cancelled_by_id(engine: Engine) -> N
             assert (await response.json())["error"]["code"] == "cancelled"
 
     run(engine, scenario)
+    told = [each.msg.fields for each in caplog.records if isinstance(each.msg, LogEvent)]
+    assert "cancelled" in [fields.get("error") for fields in told if fields.get("status") == 499]
 
 
 def test_only_its_own_tenant_cancels_a_request(engine: Engine, tenants: Tenants) -> None:
