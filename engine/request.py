@@ -88,7 +88,7 @@ class SamplingParams:
         the compiled kernels, packed weights and a head_dim that is a multiple of 16. Elsewhere
         (other dtypes, GPUs) the last bits of a logit depend on the batch, which seldom changes a
         token; see docs/running.md. None draws a seed.
-    stop: strings that end the sequence.
+    stop: a string, or several, that end the sequence.
     stop_token_ids: tokens that end the sequence, besides the model's end tokens.
     include_stop_str_in_output: whether what ended the sequence, a stop string or an end token, is
         part of the output text.
