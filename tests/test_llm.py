@@ -29,7 +29,7 @@ from nybble.engine.memory import gib
 from nybble.kernels.cpu.library import library
 from nybble.loaders import AdapterError, ModelNotFoundError, open_checkpoint
 from nybble.loaders.footprint import weight_bytes
-from nybble.quantizers import prepare, quantize_checkpoint
+from nybble.quantizers import packed_cache, prepare, quantize_checkpoint
 from nybble.server.lifecycle.launch import load_engine
 from nybble.server.lifecycle.options import ModelOptions, ServeOptions
 from nybble.server.lifecycle.startup import Startup
@@ -53,6 +53,17 @@ def _one_thread() -> None:
 def llm(tiny_model: Callable[..., Path]) -> Iterator[LLM]:
     with LLM(tiny_model(), enable_lora=True, max_loras=2, max_lora_rank=8, **SMALL) as llm:
         yield llm
+
+
+@pytest.fixture
+def unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No model has been packed, whatever earlier tests did, and packing one fails."""
+
+    def packed(*arguments: Any, **options: Any) -> None:
+        raise AssertionError("a model was packed")
+
+    monkeypatch.setattr(packed_cache, "packed_folder", lambda: tmp_path / "packed")
+    monkeypatch.setattr(prepare, "save_packed", packed)
 
 
 def by_the_engine(
@@ -384,15 +395,16 @@ def test_a_draft_model_changes_no_output(llm: LLM, tiny_model: Callable[..., Pat
         assert drafting.generate(PROMPTS, GREEDY) == llm.generate(PROMPTS, GREEDY)
 
 
+@pytest.mark.usefixtures("unpacked")
 def test_a_draft_model_that_does_not_fit_is_refused_before_the_model_is_packed(
-    tiny_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+    tiny_model: Callable[..., Path],
 ) -> None:
-    monkeypatch.setattr(prepare, "save_packed", packed)
     options = {"quantize": "nf4", "draft_model": tiny_model(family="lfm2", layers=3)}
     with pytest.raises(ValueError, match=r"the draft model .* cannot be taken back"):
         LLM(tiny_model(), **SMALL | options)
 
 
+@pytest.mark.usefixtures("unpacked")
 @pytest.mark.parametrize(
     ("size", "options", "said"),
     [
@@ -402,18 +414,17 @@ def test_a_draft_model_that_does_not_fit_is_refused_before_the_model_is_packed(
 )
 def test_ranks_that_cannot_be_are_refused_before_any_model_is_packed(
     tiny_model: Callable[..., Path],
-    monkeypatch: pytest.MonkeyPatch,
     size: int,
     options: dict[str, Any],
     said: str,
 ) -> None:
-    monkeypatch.setattr(prepare, "save_packed", packed)
     if options:
         options = options | {"draft_model": tiny_model(seed=1)}
     with pytest.raises(ValueError, match=f"tensor_parallel_size {said}"):
         LLM(tiny_model(), quantize="nf4", tensor_parallel_size=size, **SMALL | options)
 
 
+@pytest.mark.usefixtures("unpacked")
 @pytest.mark.parametrize("quantize", [None, "nf4"])
 def test_weights_that_a_gpu_cannot_hold_are_refused_before_they_are_packed(
     tiny_model: Callable[..., Path],
@@ -427,7 +438,6 @@ def test_weights_that_a_gpu_cannot_hold_are_refused_before_they_are_packed(
         folder = tmp_path / "gptq"
     need = weight_bytes(folder, torch.bfloat16, layers="4bit" if quantize else None)
 
-    monkeypatch.setattr(prepare, "save_packed", packed)
     monkeypatch.setattr("nybble.llm.resolve_device", torch.device)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, need))
     own: dict[str, Any] = {"quantize": quantize, "head": "16bit"}
@@ -442,6 +452,7 @@ def test_weights_that_a_gpu_cannot_hold_are_refused_before_they_are_packed(
             load()
 
 
+@pytest.mark.usefixtures("unpacked")
 @pytest.mark.parametrize("quantize", [None, "nf4"])
 def test_a_draft_model_that_a_gpu_cannot_hold_is_refused_before_anything_is_packed(
     tiny_model: Callable[..., Path],
@@ -451,7 +462,6 @@ def test_a_draft_model_that_a_gpu_cannot_hold_is_refused_before_anything_is_pack
     folder, draft = tiny_model(), tiny_model(seed=1)
     need = weight_bytes(folder, torch.bfloat16, layers="4bit")
     need += weight_bytes(draft, torch.bfloat16, layers="4bit" if quantize else None)
-    monkeypatch.setattr(prepare, "save_packed", packed)
     monkeypatch.setattr("nybble.llm.resolve_device", torch.device)
     monkeypatch.setattr("nybble.engine.draft_model.resolve_device", torch.device)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, need))
@@ -470,10 +480,10 @@ def test_a_draft_model_that_a_gpu_cannot_hold_is_refused_before_anything_is_pack
             load()
 
 
+@pytest.mark.usefixtures("unpacked")
 def test_a_kv_cache_that_does_not_fit_is_refused_before_the_model_is_packed(
     tiny_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(prepare, "save_packed", packed)
     monkeypatch.setattr("nybble.engine.memory.available_bytes", lambda device: free)
     folder = tiny_model()
     ways = (
@@ -487,10 +497,6 @@ def test_a_kv_cache_that_does_not_fit_is_refused_before_the_model_is_packed(
         free = 1 << 40
         with pytest.raises(AssertionError, match="was packed"):
             load()
-
-
-def packed(*arguments: Any, **options: Any) -> None:
-    raise AssertionError("a model was packed")
 
 
 def served(folder: Path, device: str, *, speculate: str = "off", **options: Any) -> None:
