@@ -586,6 +586,19 @@ def test_a_program_that_ends_while_it_generates_ends_the_engine_first(
     assert "engine" not in result.stdout, result.stdout
 
 
+def test_a_program_may_end_without_closing_what_it_made(tiny_model: Callable[..., Path]) -> None:
+    program = (
+        "from nybble import LLM, SamplingParams; "
+        f"llm = LLM({str(tiny_model())!r}, progress=False, kv_cache_bytes=1 << 20); "
+        "llm.chat([{'role': 'user', 'content': 'hi'}], SamplingParams(max_tokens=2)); "
+        "print(llm._templates._short._process.pid)"
+    )
+    command = [sys.executable, "-W", "ignore", "-c", program]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert not Path(f"/proc/{int(result.stdout)}").exists()
+
+
 def test_one_stop_string_is_not_its_letters() -> None:
     assert SamplingParams(stop="turn").stop == ("turn",)
     with pytest.raises(ValueError, match="stop is"):

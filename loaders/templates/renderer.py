@@ -96,7 +96,12 @@ class _Lane:
         self._closing = True
         if (process := self._process) is not None:
             process.kill()  # it may be in the middle of a rendering
-        self._pool.submit(self._end).result()
+        try:
+            ended = self._pool.submit(self._end)
+        except RuntimeError:  # Python is ending, and has ended the pool's thread
+            self._end()
+        else:
+            ended.result()
 
     def submit(self, request: dict[str, Any]) -> Future[str]:
         return self._pool.submit(self._render, request)
