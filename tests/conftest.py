@@ -14,6 +14,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from hypothesis import settings
 
 # Triton reads this when it is first imported, so it is set before any test imports torch: kernels
 # in the test process run in the interpreter, on the CPU. The proof on a GPU is `make gpu`.
@@ -43,6 +44,16 @@ def _module(name: str) -> ModuleType:
 
 
 _tiny = _module("tiny")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Fewer random examples where the slow tests are left out; 100 in `make test-all`.
+
+    Tests that say how many they try always try as many.
+    """
+    settings.register_profile("quick", max_examples=30)
+    if config.getoption("markexpr") == "not slow":
+        settings.load_profile("quick")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -62,7 +62,7 @@ class Device:
         self.has_numbers = self.computes = True
         self.peak = self.allocated
         self.waits: list[str] = []
-        self.launched: list[tuple[str, str]] = []
+        self.launched: set[tuple[str, str]] = set()
         self.replays = 0
         self._pinned: dict[int, Tensor] = {}
         self._in_flight: list[Transfer] = []
@@ -135,7 +135,7 @@ class Device:
         found = (kernel, variant)
         if self.capturing is not None and found not in self.launched:
             raise RuntimeError(f"{kernel} would be compiled while a stream is capturing")
-        self.launched.append(found)
+        self.launched.add(found)
         compute = self.computes and self.has_numbers and self.capturing is None
         self.submit(work, reads, compute=compute)
 

@@ -11,7 +11,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,8 +21,10 @@ import pytest
 
 from nybble.loaders.cache import cache_folder
 
+from ..server.forked import ForkedServer
+
 SERVER = [sys.executable, "-P", "-c", "from nybble.server.cli.main import main; main()"]
-FAULTY = [sys.executable, str(Path(__file__).with_name("faulty_server.py"))]
+FAULTY = Path(__file__).with_name("faulty_server.py")
 PATIENCE = 180.0  # seconds for what takes a few on a quiet machine
 
 
@@ -30,7 +32,7 @@ PATIENCE = 180.0  # seconds for what takes a few on a quiet machine
 class Process:
     """A server. lines: what it has written to stderr."""
 
-    process: subprocess.Popen[str]
+    process: subprocess.Popen[str] | ForkedServer
     lines: list[str] = field(default_factory=list)
 
     def read(self, stream: IO[str]) -> None:
@@ -73,24 +75,39 @@ class Process:
 
 @pytest.fixture
 def launch(tmp_path: Path) -> Iterator[Callable[..., Process]]:
-    """``launch(model, *options, command=SERVER, **Popen's)``; its cache is the test's own."""
+    """``launch(model, *options, command=SERVER, **Popen's)``; its cache is the test's own.
+
+    With ``script=`` it is a ``ForkedServer``, which spares the imports.
+    """
     running: list[Process] = []
     compiled = cache_folder() / "kernels"
     compiled.mkdir(parents=True, exist_ok=True)
     (tmp_path / "c/nybble").mkdir(parents=True)
     (tmp_path / "c/nybble/kernels").symlink_to(compiled)
 
-    def start(model: Path, *options: str, command: list[str] = SERVER, **more: Any) -> Process:
+    def start(
+        model: Path,
+        *options: str,
+        command: list[str] = SERVER,
+        script: Path | None = None,
+        environment: Mapping[str, str] | None = None,
+        **more: Any,
+    ) -> Process:
         arguments = ("serve", "--model", str(model), "--served-model-name", "tiny", "--port", "0")
         small = ("--kv-cache-memory", "16MiB", "--log-format", "json")
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(tmp_path / "c")}
-        environment.pop("PYTHONUNBUFFERED", None)  # with it no log is lost at the end
+        own = {"OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(tmp_path / "c")}
+        env = {**os.environ, **own, **(environment or {})}
+        env.pop("PYTHONUNBUFFERED", None)  # with it no log is lost at the end
         # Where files may not grow, Python would leave compiled modules cut off.
-        environment["PYTHONDONTWRITEBYTECODE"] = "1"
-        process = subprocess.Popen(
-            [*command, *arguments, *small, *options],
-            **{"stderr": subprocess.PIPE, "text": True, "env": environment, **more},
-        )
+        env["PYTHONDONTWRITEBYTECODE"] = "1"
+        process: subprocess.Popen[str] | ForkedServer
+        if script is not None:
+            process = ForkedServer([*arguments, *small, *options], env, script)
+        else:
+            process = subprocess.Popen(
+                [*command, *arguments, *small, *options],
+                **{"stderr": subprocess.PIPE, "text": True, "env": env, **more},
+            )
         found = Process(process)
         if process.stderr is not None:
             threading.Thread(target=found.read, args=(process.stderr,), daemon=True).start()

@@ -1,4 +1,4 @@
-"""``nybble`` with a fault in it: run as a script, with the command's own arguments.
+"""``nybble`` with a fault in it: run as a script, with the command's own arguments, or forked.
 
 On SIGUSR1 the engine's next step fails, on SIGUSR2 it finds no memory. Where the first argument is
 ``--hold-packing``, packing stops after two tensors until SIGHUP.
@@ -6,10 +6,12 @@ On SIGUSR1 the engine's next step fails, on SIGUSR2 it finds no memory. Where th
 
 from __future__ import annotations
 
+import runpy
 import signal
 import sys
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -47,9 +49,14 @@ def run_out_of_memory(*_: object) -> None:
 ModelRunner.run = run  # type: ignore[method-assign]
 signal.signal(signal.SIGUSR1, fail)
 signal.signal(signal.SIGUSR2, run_out_of_memory)
-if sys.argv[1] == "--hold-packing":
+given = globals().get("given")  # of a ForkedServer
+if given is None and sys.argv[1] == "--hold-packing":
     del sys.argv[1]
     signal.signal(signal.SIGHUP, lambda *_: released.set())
     track = packed_file.track
     packed_file.track = held  # type: ignore[assignment]
-main()
+if given is None:
+    main()
+else:
+    forked = Path(__file__).parents[1] / "server/become_server.py"
+    runpy.run_path(str(forked), {"given": given}, "__main__")

@@ -54,7 +54,7 @@ def wait_for(server: Process, line: str) -> str:
 def test_a_failed_engine_tells_every_client_and_ends_the_process(
     launch: Callable[..., Process], tiny_model: Callable[..., Path]
 ) -> None:
-    server = launch(tiny_model(max_length=4096), command=FAULTY)
+    server = launch(tiny_model(max_length=4096), script=FAULTY)
     server.ready()
     event, (status, body) = interrupted(server, signal.SIGUSR1)
     assert event["error"]["code"] == body["error"]["code"] == "engine_failed"
@@ -67,7 +67,7 @@ def test_a_failed_engine_tells_every_client_and_ends_the_process(
 def test_an_engine_that_begins_again_serves_on_until_it_has_failed_too_often(
     launch: Callable[..., Process], tiny_model: Callable[..., Path]
 ) -> None:
-    server = launch(tiny_model(max_length=4096), "--on-engine-failure", "restart", command=FAULTY)
+    server = launch(tiny_model(max_length=4096), "--on-engine-failure", "restart", script=FAULTY)
     server.ready()
     before = ask(server.origin + COMPLETIONS, SHORT)[1]["choices"]
     for count in range(1, 4):
@@ -86,7 +86,7 @@ def test_an_engine_that_begins_again_serves_on_until_it_has_failed_too_often(
 def test_without_memory_for_a_step_one_client_is_told_and_the_other_served(
     launch: Callable[..., Process], tiny_model: Callable[..., Path]
 ) -> None:
-    server = launch(tiny_model(max_length=4096), command=FAULTY)
+    server = launch(tiny_model(max_length=4096), script=FAULTY)
     server.ready()
     url = server.origin + COMPLETIONS
     with opened(url, LONG | {"max_tokens": 1500, "stream": True}) as response:

@@ -19,12 +19,14 @@ import httpx2 as httpx
 from nybble.quantizers import quantize_checkpoint
 from nybble.server.adapters.archive import CONFIG, WEIGHTS
 
+from ..server.forked import BECOME_SERVER
 from .conftest import PATIENCE, Process, ask
 
 COMPLETIONS = "/v1/completions"
 ADMIN = "admin-secret"
 HELLO = {"model": "tiny", "prompt": "x", "max_tokens": 8, "temperature": 0, "ignore_eos": True}
 TENANT_KEY = "nyb-tenant"
+LIMITED = Path(__file__).with_name("become_limited_server.py")
 
 
 def test_a_server_that_was_killed_comes_back_with_its_adapters_and_tenants(
@@ -47,7 +49,7 @@ def test_a_server_that_was_killed_comes_back_with_its_adapters_and_tenants(
             for name in ("tiny", "one", "two")
         }
 
-    server = launch(tiny_model(), *options)
+    server = launch(tiny_model(), *options, script=BECOME_SERVER)
     for name in ("one", "two", "three"):
         body = {"lora_name": name, "lora_path": name}
         assert ask(server.ready() + "/v1/load_lora_adapter", body, ADMIN)[0] == 200
@@ -57,7 +59,7 @@ def test_a_server_that_was_killed_comes_back_with_its_adapters_and_tenants(
     server.signal(signal.SIGKILL)
     server.exit_code()
 
-    again = launch(tiny_model(), *options)
+    again = launch(tiny_model(), *options, script=BECOME_SERVER)
     assert answers(again) == before
     assert ask(again.origin + "/v1/models", key="wrong")[0] == 401
     names = [entry["id"] for entry in ask(again.origin + "/v1/models", key=TENANT_KEY)[1]["data"]]
@@ -67,7 +69,7 @@ def test_a_server_that_was_killed_comes_back_with_its_adapters_and_tenants(
 
     # One that is gone is said to be, and is neither forgotten nor in the way of the others.
     (root / "two").rename(tmp_path / "elsewhere")
-    third = launch(tiny_model(), *options)
+    third = launch(tiny_model(), *options, script=BECOME_SERVER)
     assert ask(third.ready() + COMPLETIONS, HELLO | {"model": "one"}, TENANT_KEY)[0] == 200
     assert ask(third.origin + COMPLETIONS, HELLO | {"model": "two"}, TENANT_KEY)[0] == 404
     assert "adapter two cannot be loaded again" in third.log
@@ -91,7 +93,7 @@ def test_a_disk_that_fills_while_packing_is_named_and_left_clean(
 ) -> None:
     source = tmp_path / "gptq"
     quantize_checkpoint(tiny_model(), source, format="gptq", group_size=32, progress=False)
-    server = launch(source, preexec_fn=partial(limit_files, 100_000))
+    server = launch(source, script=LIMITED, environment={"FILE_LIMIT": "100000"})
     assert server.exit_code() == 1
     assert "Traceback" not in server.log
     server.find(r"cannot write the packed model to .*packed.*XDG_CACHE_HOME")
@@ -108,9 +110,8 @@ def test_an_upload_that_fills_the_disk_is_told_so_and_leaves_nothing(
     root.mkdir()
     tenants.write_text(f'[tenants.acme]\nkeys = ["{hashed(TENANT_KEY)}"]\nfine_tuning = true\n')
     options = ("--admin-key", ADMIN, "--lora-root", str(root), "--tenants", str(tenants))
-    server = launch(
-        tiny_model(), *options, "--state-dir", str(state), preexec_fn=partial(limit_files, 200_000)
-    )
+    options = (*options, "--state-dir", str(state))
+    server = launch(tiny_model(), *options, script=LIMITED, environment={"FILE_LIMIT": "200000"})
     origin, large = server.ready(), bytes(300_000)
     adapter = tiny_adapter(seed=1)
     parts = {name: (adapter / name).read_bytes() for name in (CONFIG, WEIGHTS)}
@@ -168,13 +169,13 @@ def test_a_damaged_packed_model_is_packed_again(
 ) -> None:
     source = tmp_path / "gptq"
     quantize_checkpoint(tiny_model(), source, format="gptq", group_size=32, progress=False)
-    server = launch(source)
+    server = launch(source, script=BECOME_SERVER)
     expected = ask(server.ready() + COMPLETIONS, HELLO)[1]["choices"]
     server.signal(signal.SIGKILL)
     server.exit_code()
     (packed,) = (path for path in (tmp_path / "c/nybble/packed").iterdir() if path.is_dir())
     (shard,) = packed.glob("*.safetensors")
     shard.write_bytes(shard.read_bytes()[:-1000])
-    again = launch(source)
+    again = launch(source, script=BECOME_SERVER)
     assert ask(again.ready() + COMPLETIONS, HELLO)[1]["choices"] == expected
     assert "is damaged and is packed again" in again.log

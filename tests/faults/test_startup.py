@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -28,7 +29,7 @@ def gptq(tiny_model: Callable[..., Path], tmp_path: Path) -> Path:
 
 def packing(launch: Callable[..., Process], model: Path) -> Process:
     """A server in the middle of packing, where it stays until SIGHUP."""
-    server = launch(model, command=[*FAULTY, "--hold-packing"])
+    server = launch(model, command=[sys.executable, str(FAULTY), "--hold-packing"])
     end = time.monotonic() + PATIENCE
     while time.monotonic() < end:
         _, body = ask(server.origin + "/health")

@@ -20,8 +20,10 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize(
     "sections",
     [
-        ["decode", "step"],  # all but "ranks" run on the emulated GPU
-        pytest.param(["checks", "matmul", "attention", "lora", "ranks"], marks=pytest.mark.slow),
+        ["step"],  # all but "ranks" run on the emulated GPU
+        pytest.param(
+            ["checks", "decode", "matmul", "attention", "lora", "ranks"], marks=pytest.mark.slow
+        ),
     ],
     ids=",".join,
 )

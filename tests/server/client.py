@@ -25,6 +25,12 @@ JSON = {"Content-Type": "application/json"}
 HELLO = [{"role": "user", "content": "hello"}]
 
 
+def without_white_space(tokenizer: Any) -> dict[str, float]:
+    """A ``logit_bias``, without which random weights fill JSON with white space."""
+    texts = enumerate(tokenizer.batch_decode([[id] for id in range(len(tokenizer))]))
+    return {str(id): -100.0 for id, text in texts if text.isspace()}
+
+
 def run(engine: Engine, scenario: Callable[[Client], Awaitable[None]], **options: Any) -> None:
     """Run a scenario against the application in this process."""
 

@@ -21,91 +21,89 @@ from nybble.server.http.errors import ApiError
 
 from ..client import CHAT, COMPLETIONS, HELLO, RESPONSES, Client, refused, run
 
+BAD_IN_CHATS: list[tuple[dict[str, Any], str]] = [
+    ({"temperature": -1}, "temperature"),
+    ({"temperature": 100.5}, "temperature"),
+    ({"temperature": "hot"}, "temperature"),
+    ({"top_p": 0}, "top_p"),
+    ({"min_p": 2}, "min_p"),
+    ({"n": 0}, "n"),
+    ({"n": 1000}, "n"),
+    ({"n": 17}, "n"),  # more than the server takes at once
+    ({"max_tokens": 0}, "max_tokens"),
+    ({"max_tokens": 10**30}, "max_tokens"),
+    ({"max_completion_tokens": 100_000}, "max_completion_tokens"),
+    ({"max_completion_tokens": -2}, "max_completion_tokens"),
+    ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+    ({"top_logprobs": 2}, "top_logprobs"),
+    ({"stop": [""]}, "stop"),
+    ({"stop": ["x"] * 17}, "stop"),
+    ({"stop": "x" * 1000}, "stop"),
+    ({"stop": 5}, "stop"),
+    ({"logit_bias": {"x": 1}}, "logit_bias"),
+    ({"logit_bias": {"5": 101}}, "logit_bias"),
+    ({"logit_bias": {"100000": 1}}, "logit_bias"),
+    ({"frequency_penalty": 3}, "frequency_penalty"),
+    ({"frequency_penalty": 1e999}, "frequency_penalty"),
+    ({"stream_options": {"include_usage": True}}, "stream_options"),
+    ({"seed": 2**63}, "seed"),
+    ({"seed": -(2**63) - 1}, "seed"),
+    ({"stream": True, "stream_options": {"other": 1}}, "stream_options.other"),
+    ({"reasoning_effort": "high"}, "reasoning_effort"),
+    ({"functions": [{}]}, "functions"),
+    ({"tempratur": 1}, "tempratur"),
+    ({"modalities": ["audio"]}, "modalities[0]"),
+    ({"messages": []}, "messages"),
+    ({"messages": [{"role": "user"}]}, "messages[0].content"),
+    ({"messages": [{"role": "pirate", "content": "x"}]}, "messages[0].role"),
+    ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content"),
+    (
+        {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
+        "messages[0].content[0].type",
+    ),
+    ({"messages": [{"role": "user", "content": "x " * 2000}]}, "messages"),
+    ({"chat_template_kwargs": {"tokenize": True}}, "chat_template_kwargs"),
+]
 
-@pytest.mark.parametrize(
-    ("extra", "param"),
-    [
-        ({"temperature": -1}, "temperature"),
-        ({"temperature": 100.5}, "temperature"),
-        ({"temperature": "hot"}, "temperature"),
-        ({"top_p": 0}, "top_p"),
-        ({"min_p": 2}, "min_p"),
-        ({"n": 0}, "n"),
-        ({"n": 1000}, "n"),
-        ({"n": 17}, "n"),  # more than the server takes at once
-        ({"max_tokens": 0}, "max_tokens"),
-        ({"max_tokens": 10**30}, "max_tokens"),
-        ({"max_completion_tokens": 100_000}, "max_completion_tokens"),
-        ({"max_completion_tokens": -2}, "max_completion_tokens"),
-        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
-        ({"top_logprobs": 2}, "top_logprobs"),
-        ({"stop": [""]}, "stop"),
-        ({"stop": ["x"] * 17}, "stop"),
-        ({"stop": "x" * 1000}, "stop"),
-        ({"stop": 5}, "stop"),
-        ({"logit_bias": {"x": 1}}, "logit_bias"),
-        ({"logit_bias": {"5": 101}}, "logit_bias"),
-        ({"logit_bias": {"100000": 1}}, "logit_bias"),
-        ({"frequency_penalty": 3}, "frequency_penalty"),
-        ({"frequency_penalty": 1e999}, "frequency_penalty"),
-        ({"stream_options": {"include_usage": True}}, "stream_options"),
-        ({"seed": 2**63}, "seed"),
-        ({"seed": -(2**63) - 1}, "seed"),
-        ({"stream": True, "stream_options": {"other": 1}}, "stream_options.other"),
-        ({"reasoning_effort": "high"}, "reasoning_effort"),
-        ({"functions": [{}]}, "functions"),
-        ({"tempratur": 1}, "tempratur"),
-        ({"modalities": ["audio"]}, "modalities[0]"),
-        ({"messages": []}, "messages"),
-        ({"messages": [{"role": "user"}]}, "messages[0].content"),
-        ({"messages": [{"role": "pirate", "content": "x"}]}, "messages[0].role"),
-        ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content"),
-        (
-            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
-            "messages[0].content[0].type",
-        ),
-        ({"messages": [{"role": "user", "content": "x " * 2000}]}, "messages"),
-        ({"chat_template_kwargs": {"tokenize": True}}, "chat_template_kwargs"),
-    ],
-)
-def test_a_bad_chat_parameter_is_named(engine: Engine, extra: dict[str, Any], param: str) -> None:
+
+def test_a_bad_chat_parameter_is_named(engine: Engine) -> None:
     async def scenario(client: Client) -> None:
-        body = {"model": "tiny", "messages": HELLO, **extra}
-        text = json.dumps(body).replace("Infinity", "1e999").encode()
-        assert (await refused(client, CHAT, text))["param"] == param
+        for extra, param in BAD_IN_CHATS:
+            body = {"model": "tiny", "messages": HELLO, **extra}
+            text = json.dumps(body).replace("Infinity", "1e999").encode()
+            assert (await refused(client, CHAT, text))["param"] == param, str(extra)[:99]
 
     run(engine, scenario)
 
 
-@pytest.mark.parametrize(
-    ("extra", "param"),
-    [
-        ({"prompt": []}, "prompt"),
-        ({"prompt": [[]]}, "prompt"),
-        ({"prompt": ["x", 1]}, "prompt"),
-        ({"prompt": [[1], "x"]}, "prompt"),
-        ({"prompt": [True]}, "prompt"),
-        ({"prompt": ""}, "prompt"),
-        ({"prompt": [-1], "echo": True}, "prompt"),
-        ({"prompt": [10**30], "echo": True}, "prompt"),
-        ({"prompt": [10**9]}, "prompt"),
-        ({"prompt": [1] * 10**6}, "prompt"),
-        ({"suffix": "x"}, "suffix"),
-        ({"best_of": 2}, "best_of"),
-        ({"echo": True, "logprobs": 21}, "logprobs"),
-        ({"prompt_logprobs": -1}, "prompt_logprobs"),
-        ({"prompt_logprobs": 1, "stream": True}, "prompt_logprobs"),
-        ({"max_tokens": -2}, "max_tokens"),
-        ({"logprobs": 21}, "logprobs"),
-        ({"max_tokens": 512}, "max_tokens"),
-    ],
-)
-def test_a_bad_completion_parameter_is_named(
-    engine: Engine, extra: dict[str, Any], param: str
-) -> None:
+BAD_IN_COMPLETIONS: list[tuple[dict[str, Any], str]] = [
+    ({"prompt": []}, "prompt"),
+    ({"prompt": [[]]}, "prompt"),
+    ({"prompt": ["x", 1]}, "prompt"),
+    ({"prompt": [[1], "x"]}, "prompt"),
+    ({"prompt": [True]}, "prompt"),
+    ({"prompt": ""}, "prompt"),
+    ({"prompt": [-1], "echo": True}, "prompt"),
+    ({"prompt": [10**30], "echo": True}, "prompt"),
+    ({"prompt": [10**9]}, "prompt"),
+    ({"prompt": [1] * 10**6}, "prompt"),
+    ({"suffix": "x"}, "suffix"),
+    ({"best_of": 2}, "best_of"),
+    ({"echo": True, "logprobs": 21}, "logprobs"),
+    ({"prompt_logprobs": -1}, "prompt_logprobs"),
+    ({"prompt_logprobs": 1, "stream": True}, "prompt_logprobs"),
+    ({"max_tokens": -2}, "max_tokens"),
+    ({"logprobs": 21}, "logprobs"),
+    ({"max_tokens": 512}, "max_tokens"),
+]
+
+
+def test_a_bad_completion_parameter_is_named(engine: Engine) -> None:
     async def scenario(client: Client) -> None:
-        body = {"model": "tiny", "prompt": "x", **extra}
-        assert (await refused(client, COMPLETIONS, body))["param"] == param
+        for extra, param in BAD_IN_COMPLETIONS:
+            body = {"model": "tiny", "prompt": "x", **extra}
+            found = (await refused(client, COMPLETIONS, body))["param"]
+            assert found == param, str(extra)[:99]
 
     run(engine, scenario)
 
@@ -422,10 +420,10 @@ def test_any_json_is_a_request_or_a_400(kind: Any, data: st.DataObject) -> None:
     assert refusal is None or (refusal.status == 400 and "\n" not in refusal.message)
 
 
-@settings(deadline=None, max_examples=40, suppress_health_check=list(HealthCheck))
-@given(data=st.data())
-def test_no_body_makes_the_server_fail(engine: Engine, data: st.DataObject) -> None:
-    path, kind, base = data.draw(
+@st.composite
+def bodies(draw: st.DrawFn) -> tuple[str, dict[str, Any]]:
+    """A path, and a body for it with up to two fields of any kind."""
+    path, kind, base = draw(
         st.sampled_from(
             [
                 (CHAT, ChatRequest, {"messages": HELLO, "max_tokens": 2}),
@@ -436,15 +434,23 @@ def test_no_body_makes_the_server_fail(engine: Engine, data: st.DataObject) -> N
     )
     limits = {"model", "max_tokens", "max_output_tokens"}
     names = st.sampled_from(sorted(kind.model_fields.keys() - limits))
-    extra = data.draw(st.dictionaries(names, JSON | st.booleans(), max_size=2))
+    extra = draw(st.dictionaries(names, JSON | st.booleans(), max_size=2))
+    return path, {"model": "tiny", **base, **extra}
 
+
+@settings(deadline=None, max_examples=8, suppress_health_check=list(HealthCheck))
+@given(given=st.lists(bodies(), min_size=5, max_size=5))
+def test_no_body_makes_the_server_fail(
+    engine: Engine, given: list[tuple[str, dict[str, Any]]]
+) -> None:
     async def scenario(client: Client) -> None:
-        async with client.post(path, json={"model": "tiny", **base, **extra}) as response:
-            text = await response.text()
-            if response.status == 404:  # a mixture of adapters that are not there
-                assert "adapter" in extra
-                assert "model_not_found" in text
-            else:
-                assert response.status in (200, 400), text
+        for path, body in given:
+            async with client.post(path, json=body) as response:
+                text = await response.text()
+                if response.status == 404:  # a mixture of adapters that are not there
+                    assert "adapter" in body
+                    assert "model_not_found" in text
+                else:
+                    assert response.status in (200, 400), text
 
     run(engine, scenario)

@@ -5,12 +5,15 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
 from openai import OpenAI
 from pydantic import BaseModel
+from transformers import AutoTokenizer
 
 from nybble.engine import (
     DisallowedTokenError,
@@ -22,7 +25,7 @@ from nybble.engine import (
 )
 from nybble.server.http.errors import as_api_error
 
-from ..client import COMPLETIONS, Client, run
+from ..client import COMPLETIONS, Client, run, without_white_space
 from .test_chat import chat, streamed, text
 
 SCHEMA = {
@@ -46,8 +49,11 @@ BOUNDED = json.loads(json.dumps(SCHEMA).replace('"integer"', '"integer", "maximu
 
 
 @pytest.mark.parametrize("temperature", [0, 1])
-def test_a_json_schema_is_kept_streaming_or_not(client: OpenAI, temperature: float) -> None:
+def test_a_json_schema_is_kept_streaming_or_not(
+    client: OpenAI, tiny_model: Callable[..., Path], temperature: float
+) -> None:
     options: Any = {
+        "logit_bias": without_white_space(AutoTokenizer.from_pretrained(tiny_model())),
         "response_format": json_schema(BOUNDED),
         "max_tokens": 300,
         "temperature": temperature,

@@ -203,33 +203,30 @@ def test_a_line_that_cannot_be_answered_is_in_the_file_of_errors(
     serve(scenario)
 
 
-@pytest.mark.parametrize(
-    ("lines", "code", "line"),
-    [
-        ([], "empty_file", None),
-        ([completion("a"), b"{", completion("b")], "invalid_json_line", 2),
-        ([b"[1]"], "invalid_json_line", 1),
-        ([completion("a"), b"", completion("a")], "duplicate_custom_id", 3),
-        ([{**completion("a"), "custom_id": 5}], "missing_required_parameter", 1),
-        ([{**completion("a"), "method": "GET"}], "invalid_method", 1),
-        ([{**completion("a"), "url": "/v1/models"}], "invalid_url", 1),
-        ([{**completion("a"), "url": CHAT}], "mismatched_url", 1),
-        ([{**completion("a"), "body": "x"}], "missing_required_parameter", 1),
-        ([completion("a"), completion("b", model="other")], "mismatched_model", 2),
-        ([completion("a", model="other")], "model_not_found", None),
-    ],
-    ids=lambda value: value if isinstance(value, str) else "",
-)
-def test_a_wrong_line_fails_the_batch_before_any_is_answered(
-    serve: Callable[..., None], lines: list[Any], code: str, line: int | None
-) -> None:
+WRONG: list[tuple[list[Any], str, int | None]] = [
+    ([], "empty_file", None),
+    ([completion("a"), b"{", completion("b")], "invalid_json_line", 2),
+    ([b"[1]"], "invalid_json_line", 1),
+    ([completion("a"), b"", completion("a")], "duplicate_custom_id", 3),
+    ([{**completion("a"), "custom_id": 5}], "missing_required_parameter", 1),
+    ([{**completion("a"), "method": "GET"}], "invalid_method", 1),
+    ([{**completion("a"), "url": "/v1/models"}], "invalid_url", 1),
+    ([{**completion("a"), "url": CHAT}], "mismatched_url", 1),
+    ([{**completion("a"), "body": "x"}], "missing_required_parameter", 1),
+    ([completion("a"), completion("b", model="other")], "mismatched_model", 2),
+    ([completion("a", model="other")], "model_not_found", None),
+]
+
+
+def test_a_wrong_line_fails_the_batch_before_any_is_answered(serve: Callable[..., None]) -> None:
     async def scenario(client: Client) -> None:
         api = of(client)
-        batch = await ended(api, await created(api, lines))
-        assert batch.status == "failed"
-        assert batch.failed_at
-        assert batch.output_file_id is None
-        assert [(each.code, each.line) for each in batch.errors.data] == [(code, line)]
+        for lines, code, line in WRONG:
+            batch = await ended(api, await created(api, lines))
+            assert batch.status == "failed", code
+            assert batch.failed_at
+            assert batch.output_file_id is None
+            assert [(each.code, each.line) for each in batch.errors.data] == [(code, line)]
 
     serve(scenario)
 

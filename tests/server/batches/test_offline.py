@@ -15,23 +15,16 @@ from nybble.server.batches.offline import read_requests
 
 from ..client import CHAT, COMPLETIONS
 from ..conftest import COMMAND, MODEL
+from ..forked import ForkedServer
 
 
 def request(id: str, url: str, **body: Any) -> dict[str, Any]:
     return {"custom_id": id, "method": "POST", "url": url, "body": body}
 
 
-def answered(folder: Path, *files: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [
-            *(*COMMAND, "batch", *map(str, files), "--model", str(folder)),
-            *("--served-model-name", MODEL, "--kv-cache-memory", "16MiB", "--max-num-seqs", "2"),
-        ],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        check=False,
-    )
+def batch(folder: Path, *files: Path) -> list[str]:
+    small = ("--served-model-name", MODEL, "--kv-cache-memory", "16MiB", "--max-num-seqs", "2")
+    return ["batch", *map(str, files), "--model", str(folder), *small]
 
 
 def test_a_file_is_answered_and_a_second_run_adds_what_is_missing(
@@ -45,7 +38,9 @@ def test_a_file_is_answered_and_a_second_run_adds_what_is_missing(
         request("vector", "/v1/embeddings", model=MODEL, input="a text"),
     ]
     source.write_text("\n".join(map(json.dumps, lines)))
-    first = answered(tiny_model(), source, output)
+    command = [*COMMAND, *batch(tiny_model(), source, output)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    first = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert (first.returncode, first.stdout) == (1, "")  # one request is wrong
     assert f"{output}: 8 answered, 1 failed" in first.stderr
     results = {line["custom_id"]: line for line in map(json.loads, output.open())}
@@ -57,8 +52,10 @@ def test_a_file_is_answered_and_a_second_run_adds_what_is_missing(
 
     kept = output.read_bytes().splitlines(keepends=True)[:7]
     output.write_bytes(b"".join(kept) + b'{"id":"batch_req_')  # as if killed while it wrote
-    second = answered(tiny_model(), source, output)
-    assert "7 had results already" in second.stderr
+    second = ForkedServer(batch(tiny_model(), source, output), environment)
+    said = second.stderr.read()
+    assert "7 had results already" in said, said
+    second.wait(60)
     now = output.read_bytes().splitlines(keepends=True)
     assert now[:7] == kept
     assert sorted(json.loads(line)["custom_id"] for line in now) == sorted(results)

@@ -209,27 +209,27 @@ def test_an_adapter_that_does_not_fit_is_found_out_before_the_model_is_loaded(
         assert said in result.stderr
 
 
-@pytest.mark.parametrize("command", ["serve", "batch"])
-def test_threads_are_as_many_as_asked_for(command: str, tmp_path: Path) -> None:
+def test_threads_are_as_many_as_asked_for(tmp_path: Path) -> None:
     """Also if the environment says otherwise: -t is what users of llama.cpp write."""
-    arguments = {"serve": ["serve", "x"], "batch": ["batch", "in", "out", "--model", "x"]}[command]
     code = (
-        "import sys\n"
-        f"from nybble.server.cli.commands import {command} as module\n"
-        "module.require_named = lambda options: None\n"
+        "import os, sys\n"
+        "from nybble.server.cli.commands import batch, serve\n"
         "from nybble.server.cli.main import app\n"
-        f"try: app({arguments!r} + ['-t', '1'])\n"
-        "except SystemExit: pass\n"
+        "from nybble.server.cli.threads import use_threads\n"
+        "def use_and_end(count): use_threads(count); sys.exit()\n"
+        "def run(module, *arguments):\n"
+        "    os.environ['OMP_NUM_THREADS'] = '2'\n"
+        "    module.use_threads, module.require_named = use_and_end, lambda options: None\n"
+        "    try: app([*arguments, '-t', '1'])\n"
+        "    except SystemExit: print(os.environ['OMP_NUM_THREADS'], 'torch' in sys.modules)\n"
+        "run(serve, 'serve', 'x')\n"
+        "run(batch, 'batch', 'in', 'out', '--model', 'x')\n"
         "import torch; print(torch.get_num_threads())"
     )
     result = subprocess.run(
-        [sys.executable, "-P", "-c", code],
-        env={**os.environ, "OMP_NUM_THREADS": "2"},
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
+        [sys.executable, "-P", "-c", code], cwd=tmp_path, capture_output=True, text=True
     )
-    assert result.stdout == "1\n", result.stderr
+    assert result.stdout == "1 False\n1 False\n1\n", result.stderr
 
 
 def test_an_alias_file_which_is_not_there_was_not_tried(
