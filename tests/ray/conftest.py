@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import socket
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from types import ModuleType
 
@@ -43,22 +48,42 @@ def adapters(tiny: ModuleType, model: Path, tmp_path_factory: pytest.TempPathFac
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[None]:
-    _start_ray()
-    serve.start(proxy_location="Disabled")
-    yield
-    serve.shutdown()
-    ray.shutdown()
+    """One machine's. Ray is told all ports of its agents: to those that it chooses itself they have
+    15 s each (Ray 2.60, ``NodeManager::WaitForDashboardAgentPorts``), in which a busy machine may
+    not start them. It then waits for them as long as the setting says."""
+    with ExitStack() as stack:
+        held = [stack.enter_context(socket.socket()) for _ in range(5)]
+        for each in held:
+            each.bind(("127.0.0.1", 0))
+        gcs, listening, grpc, environments, metrics = (each.getsockname()[1] for each in held)
+    process = subprocess.Popen(
+        [
+            *(sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block"),
+            *(f"--port={gcs}", "--num-cpus=8", "--include-dashboard=false"),
+            *(f"--dashboard-agent-listen-port={listening}", f"--dashboard-agent-grpc-port={grpc}"),
+            *(f"--runtime-env-agent-port={environments}", f"--metrics-export-port={metrics}"),
+            "--disable-usage-stats",
+        ],
+        env={**os.environ, "RAY_agent_register_timeout_ms": "600000"},
+    )
+    try:
+        _connect(f"{ray.util.get_node_ip_address()}:{gcs}", process)
+        serve.start(proxy_location="Disabled")
+        yield
+        serve.shutdown()
+        ray.shutdown()
+    finally:
+        process.terminate()
+        process.wait(60)
 
 
-def _start_ray() -> None:
-    """Ray gives the agents of its raylet 15 s each to tell their ports, in which a busy machine may
-    not manage it, and dies. The limit is in its C++ (Ray 2.60): no setting changes it."""
+def _connect(address: str, cluster: subprocess.Popen[bytes]) -> None:
     deadline = time.monotonic() + 600
     while True:
+        assert cluster.poll() is None
         try:
-            ray.init(num_cpus=8, include_dashboard=False, log_to_driver=True)
+            ray.init(address, log_to_driver=True)
             return
-        except Exception:
-            ray.shutdown()
+        except ConnectionError:  # it is not there yet
             if time.monotonic() > deadline:
                 raise
