@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import socket
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import ray
 from ray import serve
+from ray._private import parameter
 
 
 @pytest.fixture(scope="session")
@@ -48,42 +46,27 @@ def adapters(tiny: ModuleType, model: Path, tmp_path_factory: pytest.TempPathFac
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[None]:
-    """One machine's. Ray is told all ports of its agents: to those that it chooses itself they have
-    15 s each (Ray 2.60, ``NodeManager::WaitForDashboardAgentPorts``), in which a busy machine may
-    not start them. It then waits for them as long as the setting says."""
+    """One machine's. Ray is told the ports of its agents: those whose ports it does not know have
+    15 s each to say them (Ray 2.60, ``NodeManager::WaitForDashboardAgentPorts``), in which a busy
+    machine may not start them, and no setting changes that. For others it waits as long as the
+    setting says. ``ray.init`` has no argument for three of the ports, which ``ray start`` has."""
     with ExitStack() as stack:
-        held = [stack.enter_context(socket.socket()) for _ in range(5)]
+        held = [stack.enter_context(socket.socket()) for _ in range(4)]
         for each in held:
             each.bind(("127.0.0.1", 0))
-        gcs, listening, grpc, environments, metrics = (each.getsockname()[1] for each in held)
-    process = subprocess.Popen(
-        [
-            *(sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block"),
-            *(f"--port={gcs}", "--num-cpus=8", "--include-dashboard=false"),
-            *(f"--dashboard-agent-listen-port={listening}", f"--dashboard-agent-grpc-port={grpc}"),
-            *(f"--runtime-env-agent-port={environments}", f"--metrics-export-port={metrics}"),
-            "--disable-usage-stats",
-        ],
-        env={**os.environ, "RAY_agent_register_timeout_ms": "600000"},
-    )
-    try:
-        _connect(f"{ray.util.get_node_ip_address()}:{gcs}", process)
-        serve.start(proxy_location="Disabled")
-        yield
-        serve.shutdown()
-        ray.shutdown()
-    finally:
-        process.terminate()
-        process.wait(60)
-
-
-def _connect(address: str, cluster: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + 600
-    while True:
-        assert cluster.poll() is None
-        try:
-            ray.init(address, log_to_driver=True)
-            return
-        except ConnectionError:  # it is not there yet
-            if time.monotonic() > deadline:
-                raise
+        listening, grpc, environments, metrics = (each.getsockname()[1] for each in held)
+    ports = {
+        "dashboard_agent_listen_port": listening,
+        "metrics_agent_port": grpc,
+        "runtime_env_agent_port": environments,
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_agent_register_timeout_ms", "600000")
+        patch.setattr(parameter, "RayParams", partial(parameter.RayParams, **ports))
+        ray.init(
+            num_cpus=8, include_dashboard=False, log_to_driver=True, _metrics_export_port=metrics
+        )
+    serve.start(proxy_location="Disabled")
+    yield
+    serve.shutdown()
+    ray.shutdown()
