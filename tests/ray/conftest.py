@@ -63,9 +63,7 @@ def cluster() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_agent_register_timeout_ms", "600000")
         patch.setattr(parameter, "RayParams", partial(parameter.RayParams, **ports))
-        ray.init(
-            num_cpus=8, include_dashboard=False, log_to_driver=True, _metrics_export_port=metrics
-        )
+        ray.init("local", num_cpus=8, include_dashboard=False, _metrics_export_port=metrics)
     serve.start(proxy_location="Disabled")
     yield
     serve.shutdown()
