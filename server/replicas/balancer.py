@@ -1,7 +1,7 @@
 """HAProxy's process.
 
-It reads its configuration from a pipe and its certificate from memory, and takes commands on a
-socket without a name: no file is left of it, however it and the process above it end.
+It reads its configuration and its certificate from memory, and takes commands on a socket without a
+name: no file is left of it, however it and the process above it end.
 """
 
 from __future__ import annotations
@@ -9,10 +9,10 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
-from asyncio.subprocess import PIPE, Process
+from asyncio.subprocess import Process
 from collections.abc import Sequence
-from contextlib import ExitStack, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 from nybble.server.http.tls import tls_context
 from nybble.server.replicas.haproxy import configuration
@@ -43,38 +43,27 @@ class HAProxy:
         key: None if it is in the certificate's file.
         Raises ValueError if the two cannot be read or do not belong together.
         """
+        pem = b""
+        if certificate is not None:
+            tls_context(certificate, key)
+            pem = b"\n".join(each.read_bytes() for each in (certificate, key) if each is not None)
         ours, its = socket.socketpair()
-        with its, ExitStack() as memory:
-            given = [its.fileno()]
-            pem = None
-            if certificate is not None:
-                tls_context(certificate, key)
-                file = memory.enter_context(os.fdopen(os.memfd_create("certificate"), "wb"))
-                for each in (certificate, key):
-                    file.write(b"" if each is None else each.read_bytes() + b"\n")
-                file.flush()
-                given.append(file.fileno())
-                pem = Path(f"/proc/self/fd/{file.fileno()}")
+        with its, _in_memory(pem) as both:
             text = configuration(
                 bind,
                 servers,
                 f"sockpair@{its.fileno()}",
                 shared_registry=shared_registry,
-                certificate=pem,
+                certificate=_path(both) if pem else None,
                 alive_path=alive_path,
             )
-            process = await asyncio.create_subprocess_exec(
-                *(path, "-db", "-f", "/dev/stdin"),
-                stdin=PIPE,
-                pass_fds=given,
-                start_new_session=True,
-                preexec_fn=end_with_parent,
-            )
-        assert process.stdin is not None
-        with suppress(ConnectionError):  # it has ended, and has said why
-            process.stdin.write(text.encode())
-            await process.stdin.drain()
-        process.stdin.close()
+            with _in_memory(text.encode()) as file:
+                process = await asyncio.create_subprocess_exec(
+                    *(path, "-db", "-f", str(_path(file))),
+                    pass_fds=[each.fileno() for each in (its, both, file)],
+                    start_new_session=True,
+                    preexec_fn=end_with_parent,
+                )
         return cls(process, ours)
 
     async def command(self, command: str) -> str:
@@ -90,3 +79,15 @@ class HAProxy:
         answer = (await reader.read()).decode().strip()
         writer.close()
         return answer
+
+
+def _in_memory(content: bytes) -> BinaryIO:
+    file = os.fdopen(os.memfd_create("haproxy"), "wb")
+    file.write(content)
+    file.flush()
+    return file
+
+
+def _path(file: BinaryIO) -> Path:
+    """For a process which has the file too."""
+    return Path(f"/proc/self/fd/{file.fileno()}")
