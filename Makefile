@@ -75,7 +75,7 @@ test-browser: install-dev
 
 # The container file and Prometheus' rules, by the tools that own their formats (promtool is in
 # Debian's prometheus). The tests check Kubernetes' own kinds; this checks the other kinds as well,
-# against the schemas of these releases.
+# against the schemas of these releases. GITHUB=file:///FOLDER is a copy of them, with the same paths.
 GITHUB := https://raw.githubusercontent.com
 CRDS := kubernetes-sigs/gateway-api/v1.6.1/config/crd/standard/gateway.networking.k8s.io_gateways \
 	kubernetes-sigs/gateway-api/v1.6.1/config/crd/standard/gateway.networking.k8s.io_httproutes \

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import atexit
 import logging
+import os
 import signal
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -129,8 +129,10 @@ class Ranks(NoRanks):
         self._changed = threading.Condition()
         self._on_failure: Callable[[RankFailedError], None] = lambda error: None
         self._serving = self._closing = False
-        self._folder = tempfile.TemporaryDirectory(prefix="nybble-ranks-")
-        store = Path(self._folder.name) / "store"
+        # A file without a name: nothing is left of it, however the processes end. It stays open,
+        # for PyTorch writes to this path once more when it lets go of the group, and no other file
+        # may have the number then.
+        store = Path(f"/proc/{os.getpid()}/fd/{os.memfd_create('nybble-ranks')}")
         places = [Place.of(rank, devices, store) for rank in range(len(devices))]
         context = torch.multiprocessing.get_context("spawn")
         self._processes: list[BaseProcess] = []
@@ -225,7 +227,6 @@ class Ranks(NoRanks):
         for process in self._processes:
             process.join(_END_SECONDS)
         atexit.unregister(self.kill)
-        self._folder.cleanup()
 
     def _watch(self) -> None:
         silent = [0.0] * len(self._processes)

@@ -10,9 +10,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import shutil
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -198,7 +197,8 @@ class AdapterAdmin:
         """A folder to receive an upload in, which is removed afterwards."""
         if self._uploads is not None:
             return self._uploads.scratch()
-        return _temporary_folder()
+        assert self._resolver is not None
+        return self._resolver.scratch()
 
     def _publish(
         self, uploads: AdapterUploads | None, form: AdapterForm, scratch: Path
@@ -408,12 +408,6 @@ def _name(request: web.Request) -> str:
         return require_name(request.match_info["name"])
     except ValueError as error:
         raise ApiError(400, str(error), param="lora_name", code="invalid_value") from None
-
-
-@contextmanager
-def _temporary_folder() -> Iterator[Path]:
-    with tempfile.TemporaryDirectory(prefix="nybble-upload-") as folder:
-        yield Path(folder)
 
 
 def restore(

@@ -6,7 +6,8 @@ import logging
 import shutil
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from uuid import uuid4
 
@@ -77,21 +78,30 @@ class AdapterDiskCache:
         if (known := self.get(key)) is not None:
             return known
         self._reserve(nbytes)
-        partial = self._folder / f"{_PARTIAL}{uuid4().hex}"
         try:
-            partial.mkdir()
-            fill(partial)
-            written = _size(partial)
-            with self._lock:
-                if key not in self._sizes:
-                    partial.rename(self._folder / key)
-                    self._sizes[key] = written
-                self._sizes.move_to_end(key)
+            with self.scratch() as partial:
+                fill(partial)
+                written = _size(partial)
+                with self._lock:
+                    if key not in self._sizes:
+                        partial.rename(self._folder / key)
+                        self._sizes[key] = written
+                    self._sizes.move_to_end(key)
             return self._folder / key
         finally:
             with self._lock:
                 self._reserved -= nbytes
-            shutil.rmtree(partial, ignore_errors=True)
+
+    @contextmanager
+    def scratch(self) -> Iterator[Path]:
+        """A folder that is no entry, and is removed afterwards; of a killed server at the next
+        start."""
+        folder = self._folder / f"{_PARTIAL}{uuid4().hex}"
+        folder.mkdir()
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
     def take_evictions(self) -> int:
         """How many entries were removed for others since the last call."""

@@ -16,7 +16,7 @@ import time
 from collections import OrderedDict
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -309,6 +309,10 @@ class AdapterResolver:
         self.metrics.evictions.labels().inc(self._cache.take_evictions())
 
     # On other threads.
+
+    def scratch(self) -> AbstractContextManager[Path]:
+        """A folder to receive an adapter's files in, which is removed afterwards."""
+        return self._cache.scratch()
 
     def publish(self, name: str, folder: Path, *, replace: bool) -> AdapterInfo:
         """Serve a local folder's adapter under this name here, and at all servers soon. Blocks.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import multiprocessing
 import os
 import signal
 import socket
@@ -153,4 +154,6 @@ def _app(startup: Startup) -> web.Application:
 def _leave(number: int) -> None:
     logger.info("interrupted while starting")
     # The next start finds and removes a half-packed model, as after a kill.
+    for rank in multiprocessing.active_children():
+        rank.kill()  # it may be importing PyTorch, and would end only after that
     os._exit(128 + number)

@@ -12,10 +12,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-import shutil
 import socket
 import sys
-import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,9 +24,8 @@ from aiohttp import ClientError, ClientSession, ClientTimeout
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from ray import serve
 
-from nybble.server.replicas.haproxy import certificate_in, configuration
+from nybble.server.replicas.balancer import HAProxy
 from nybble.server.replicas.options import NOT_FOR_REPLICAS
-from nybble.server.replicas.parent import end_with_parent
 from nybble.server.replicas.supervise import find_haproxy
 
 logger = logging.getLogger("ray.serve")
@@ -222,25 +219,18 @@ class Balancer:
 
     async def __init__(self, arguments: BalancerArguments) -> None:  # type: ignore[misc] # likewise
         self._application = arguments.servers
-        self._folder = Path(tempfile.mkdtemp(prefix="nybble-"))
-        self._control = self._folder / "control"
         # Of each place, the server that has it. A server which comes later takes a free place
         # with its adapters.
         self._places: list[str | None] = [None] * arguments.most_servers
         self._renewed: dict[str, float] = {}
-        bind = f"{arguments.host}:{arguments.port}"
-        text = configuration(
-            bind,
+        self._haproxy = await HAProxy.start(
+            haproxy_path(),
+            f"{arguments.host}:{arguments.port}",
             self._places,
-            self._control,
+            certificate=arguments.ssl_certfile,
+            key=arguments.ssl_keyfile,
             shared_registry=arguments.shared_registry,
-            certificate=certificate_in(self._folder, arguments.ssl_certfile, arguments.ssl_keyfile),
             alive_path=_ALIVE_PATH,
-        )
-        (self._folder / "haproxy.cfg").write_text(text)
-        self._process = await asyncio.create_subprocess_exec(
-            *(haproxy_path(), "-db", "-f", str(self._folder / "haproxy.cfg")),
-            preexec_fn=end_with_parent,
         )
         while not await self._commanded("show info"):
             await self.check_health()
@@ -286,15 +276,15 @@ class Balancer:
         return _requests(await self._rows())
 
     async def check_health(self) -> None:
-        if self._process.returncode is not None:
-            raise RuntimeError(f"haproxy ended with code {self._process.returncode}")
+        if (code := self._haproxy.process.returncode) is not None:
+            raise RuntimeError(f"haproxy ended with code {code}")
 
     async def __del__(self) -> None:
         self._watching.cancel()
-        if self._process.returncode is None:
-            self._process.terminate()
-            await self._process.wait()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        process = self._haproxy.process
+        if process.returncode is None:
+            process.terminate()
+            await process.wait()
 
     async def _watch(self) -> None:
         """Ask Ray for a server if requests come and there is none; free the places of lost ones."""
@@ -327,13 +317,9 @@ class Balancer:
     async def _commanded(self, commands: str) -> str:
         """What HAProxy answers, "" if it does not."""
         try:
-            reader, writer = await asyncio.open_unix_connection(self._control)
+            return await self._haproxy.command(commands)
         except OSError:
             return ""
-        writer.write(f"{commands}\n".encode())
-        answer = (await reader.read()).decode().strip()
-        writer.close()
-        return answer
 
 
 def _requests(rows: list[dict[str, str]]) -> int:

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from nybble.server.adapters.admin import ADMIN_PATHS
-from nybble.server.http.tls import tls_context
 
 # A server takes bodies of 16 MiB, but every connection may hold two buffers of this size.
 _BUFFER_BYTES = 1 << 20
@@ -99,7 +98,7 @@ _ADMINISTRATION = """\
 def configuration(
     bind: str,
     servers: Sequence[str | None],
-    control: Path | None = None,
+    control: str | None = None,
     *,
     shared_registry: bool = False,
     certificate: Path | None = None,
@@ -109,7 +108,7 @@ def configuration(
 
     bind: ``address:port`` for clients.
     servers: ``address:port`` of each server; None for a place which gets one later, by a command.
-    control: path of a socket on which HAProxy takes commands.
+    control: address of a socket on which HAProxy takes commands.
     shared_registry: whether an adapter loaded at one server is known to all.
     certificate: PEM file for https, with the key or with another file of the same name and
         ``.key`` beside it.
@@ -135,22 +134,6 @@ def configuration(
         administration="" if shared_registry else _administration_refused(),
         servers="\n".join(lines),
     )
-
-
-def certificate_in(folder: Path, certificate: Path | None, key: Path | None) -> Path | None:
-    """Where HAProxy finds a certificate and its key, which is a secret and is not copied.
-
-    folder: one for HAProxy alone. key: None if it is in the certificate's file.
-    Raises ValueError if they cannot be read or do not belong together.
-    """
-    if certificate is None:
-        return None
-    tls_context(certificate, key)
-    found = folder / "certificate.pem"
-    found.symlink_to(certificate.resolve())
-    if key is not None:
-        found.with_name(f"{found.name}.key").symlink_to(key.resolve())
-    return found
 
 
 def _administration_refused() -> str:

@@ -8,7 +8,6 @@ import os
 import shutil
 import signal
 import sys
-import tempfile
 from asyncio.subprocess import Process
 from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,8 +17,7 @@ from typing import Any
 from aiohttp import ClientError, ClientSession, ClientTimeout
 
 from nybble.server.observability.logs import LogEvent
-from nybble.server.replicas.haproxy import certificate_in, configuration
-from nybble.server.replicas.parent import end_with_parent
+from nybble.server.replicas.balancer import HAProxy
 
 logger = logging.getLogger(__name__)
 
@@ -174,29 +172,19 @@ class Supervisor:
         try:
             async with ClientSession(timeout=ClientTimeout(total=5)) as http:
                 self._http = http
-                with tempfile.TemporaryDirectory(prefix="nybble-") as folder:
-                    settings, file = self._settings, Path(folder) / "haproxy.cfg"
-                    self._control = Path(folder) / "control"
-                    file.write_text(
-                        configuration(
-                            settings.bind,
-                            settings.addresses,
-                            self._control,
-                            shared_registry=settings.shared_registry,
-                            certificate=certificate_in(
-                                file.parent, settings.certificate, settings.key
-                            ),
-                        )
-                    )
-                    # Before the servers: a port that is taken is found out at once.
-                    balancer = await asyncio.create_subprocess_exec(
-                        *(self._haproxy, "-db", "-f", str(file)),
-                        start_new_session=True,
-                        preexec_fn=end_with_parent,
-                    )
-                    await self._serve(balancer)
+                settings = self._settings
+                # Before the servers: a port that is taken is found out at once.
+                balancer = self._balancer = await HAProxy.start(
+                    self._haproxy,
+                    settings.bind,
+                    settings.addresses,
+                    certificate=settings.certificate,
+                    key=settings.key,
+                    shared_registry=settings.shared_registry,
+                )
+                await self._serve(balancer.process)
         finally:
-            await self._end(balancer)
+            await self._end(None if balancer is None else balancer.process)
 
     async def _serve(self, balancer: Process) -> None:
         """Start the servers, and return once a signal came. Raises ReplicaError."""
@@ -273,10 +261,7 @@ class Supervisor:
             logger.info("every server has been replaced")
 
     async def _tell_haproxy(self, command: str) -> None:
-        reader, writer = await asyncio.open_unix_connection(self._control)
-        writer.write(f"{command}\n".encode())
-        answer = (await reader.read()).decode().strip()
-        writer.close()
+        answer = await self._balancer.command(command)
         if answer:
             logger.warning("haproxy: %s: %s", command, answer)
 

@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import httpx2 as httpx
 import pytest
@@ -89,36 +90,47 @@ def free_ports(count: int) -> int:
 
 
 @contextmanager
-def running_site(count: int, scheme: str, *options: str) -> Iterator[Site]:
-    """``nybble replicas`` with servers that are ready."""
+def ready_site(count: int, scheme: str, *options: str) -> Iterator[Site]:
+    """``nybble replicas`` with servers that are ready, and with no file in TMPDIR, which would be
+    left if all were killed at once."""
     port = free_ports(count + 1)
-    process = subprocess.Popen(
-        [
-            *(*COMMAND, "replicas", "--count", str(count), "--port", str(port)),
-            *("--served-model-name", "tiny", "--kv-cache-memory", "16MiB", "--device", "cpu"),
-            *options,
-        ],
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    site = Site(process, f"{scheme}://127.0.0.1:{port}", port, [])
-    assert process.stderr is not None
-    reader = threading.Thread(target=site.lines.extend, args=(process.stderr,), daemon=True)
-    reader.start()
-    try:
-        site.until(f"serving url={site.url}/v1")
-        for i in range(1, count + 1):
-            site.until(f"servers/replica{i} is UP")
+    with TemporaryDirectory() as scratch:
+        process = subprocess.Popen(
+            [
+                *(*COMMAND, "replicas", "--count", str(count), "--port", str(port)),
+                *("--served-model-name", "tiny", "--kv-cache-memory", "16MiB", "--device", "cpu"),
+                *options,
+            ],
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": scratch},
+        )
+        site = Site(process, f"{scheme}://127.0.0.1:{port}", port, [])
+        assert process.stderr is not None
+        reader = threading.Thread(target=site.lines.extend, args=(process.stderr,), daemon=True)
+        reader.start()
+        try:
+            site.until(f"serving url={site.url}/v1")
+            for i in range(1, count + 1):
+                site.until(f"servers/replica{i} is UP")
+            assert os.listdir(scratch) == []
+            yield site
+        finally:
+            process.kill()
+            process.wait()
+
+
+@contextmanager
+def running_site(count: int, scheme: str, *options: str) -> Iterator[Site]:
+    """:func:`ready_site`, which ends in order."""
+    with ready_site(count, scheme, *options) as site:
         yield site
         servers = site.pids()
-        process.terminate()
-        assert process.wait(PATIENCE) == 0, "".join(site.lines)
+        site.process.terminate()
+        assert site.process.wait(PATIENCE) == 0, "".join(site.lines)
         for pid in servers:
             with pytest.raises(ProcessLookupError):
                 os.kill(pid, 0)
-    finally:
-        process.kill()
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +143,8 @@ def options(tiny_model: Callable[..., Path], tiny_adapter: Callable[..., Path]) 
 
 @pytest.fixture(scope="module")
 def site(options: list[str]) -> Iterator[Site]:
-    with running_site(2, "http", *options) as site:
+    # A busy machine takes long to finish streams.
+    with running_site(2, "http", *options, "--shutdown-timeout", "600") as site:
         yield site
 
 
@@ -328,7 +341,7 @@ def test_a_killed_server_is_left_by_all_though_the_other_is_busy(
 def test_probes_are_answered_without_a_server(tmp_path: Path) -> None:
     """Where requests start a server, as on Ray, a probe is none."""
     port, control, file = free_ports(1), tmp_path / "control", tmp_path / "haproxy.cfg"
-    file.write_text(configuration(f"127.0.0.1:{port}", [None], control, alive_path="/alive"))
+    file.write_text(configuration(f"127.0.0.1:{port}", [None], str(control), alive_path="/alive"))
     process = subprocess.Popen(
         ["haproxy", "-db", "-f", str(file)],
         env={**os.environ, "PATH": os.environ["PATH"] + ":/usr/sbin"},
@@ -366,6 +379,13 @@ def until(done: Callable[[], bool]) -> None:
         time.sleep(0.01)
 
 
+def runs(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
 def refuses(port: int) -> bool:
     with socket.socket() as sock:
         return sock.connect_ex(("127.0.0.1", port)) != 0
@@ -374,12 +394,31 @@ def refuses(port: int) -> bool:
 @pytest.mark.slow
 @needs_haproxy
 def test_a_rolling_restart_loses_nothing(site: Site) -> None:
-    before = site.pids()
+    """Streams of the server that goes end whole, while others have its requests, and then the new
+    one."""
+    models = [f"a{i}" for i in range(8)]  # of which both servers have some
+    before, pids = site.sequences(), site.pids()
     with Load(site) as load:
+        streams = Streams(site, models, 1000)
+        there = site.sequences()
+        draining = {name for name in models if there[0].get(name) != before[0].get(name)}
+        assert draining
         site.process.send_signal(signal.SIGHUP)
+        until(lambda: httpx.get(f"http://127.0.0.1:{site.port + 1}/health").status_code == 503)
+        for model in draining:
+            assert site.ask(model).status_code == 200
+        # The other server has answered: on this one they still stream.
+        assert not draining & set(streams.last)
+        assert site.pids() == pids
+        os.kill(pids[0], 0)
         site.until("every server has been replaced")
+        streams.join()
+    assert streams.last == dict.fromkeys(models, "[DONE]")
     assert set(load.statuses) == {200}
-    assert not set(before) & set(site.pids())
+    assert not set(pids) & set(site.pids())
+    for model in models:
+        assert site.ask(model).status_code == 200
+    assert set().union(*site.sequences()) >= set(models)  # these are the new ones' counts
 
 
 @pytest.mark.slow
@@ -406,6 +445,23 @@ def test_a_killed_rank_is_a_killed_server(options: list[str]) -> None:
             assert all(said in error["message"] for error in errors)
             with pytest.raises(ProcessLookupError):
                 os.kill(other, 0)
+
+
+@pytest.mark.slow
+@needs_haproxy
+def test_nothing_outlives_the_command(options: list[str]) -> None:
+    """If it is killed: its servers finish their requests, though HAProxy has ended."""
+    with ready_site(1, "http", *options) as site:
+        found = subprocess.run(
+            ["pgrep", "-P", str(site.process.pid)], capture_output=True, text=True
+        )
+        children = [int(pid) for pid in found.stdout.split()]
+        assert set(site.pids()) < set(children)
+        site.process.kill()
+        site.process.wait()
+        until(lambda: not any(runs(pid) for pid in children))
+        assert refuses(site.port)
+        assert refuses(site.port + 1)
 
 
 @pytest.mark.slow

@@ -75,7 +75,8 @@ class Process:
 
 @pytest.fixture
 def launch(tmp_path: Path) -> Iterator[Callable[..., Process]]:
-    """``launch(model, *options, command=SERVER, **Popen's)``; its cache is the test's own.
+    """``launch(model, *options, command=SERVER, **Popen's)``; its cache and TMPDIR, ``t``, are the
+    test's own.
 
     With ``script=`` it is a ``ForkedServer``, which spares the imports.
     """
@@ -83,6 +84,7 @@ def launch(tmp_path: Path) -> Iterator[Callable[..., Process]]:
     compiled = cache_folder() / "kernels"
     compiled.mkdir(parents=True, exist_ok=True)
     (tmp_path / "c/nybble").mkdir(parents=True)
+    (tmp_path / "t").mkdir()
     (tmp_path / "c/nybble/kernels").symlink_to(compiled)
 
     def start(
@@ -96,6 +98,7 @@ def launch(tmp_path: Path) -> Iterator[Callable[..., Process]]:
         arguments = ("serve", "--model", str(model), "--served-model-name", "tiny", "--port", "0")
         small = ("--kv-cache-memory", "16MiB", "--log-format", "json")
         own = {"OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(tmp_path / "c")}
+        own["TMPDIR"] = str(tmp_path / "t")
         env = {**os.environ, **own, **(environment or {})}
         env.pop("PYTHONUNBUFFERED", None)  # with it no log is lost at the end
         # Where files may not grow, Python would leave compiled modules cut off.

@@ -88,13 +88,15 @@ def timed(what: str) -> Iterator[None]:
 
 @pytest.fixture
 def start(
-    launch: Callable[..., Process], tiny_model: Callable[..., Path]
+    launch: Callable[..., Process], tiny_model: Callable[..., Path], tmp_path: Path
 ) -> Callable[[int], Process]:
-    """``start(ranks)``: a server of so many that is ready."""
+    """``start(ranks)``: a server of so many that is ready, and has nothing in TMPDIR, which
+    would be left if all its processes were killed at once."""
 
     def start(size: int) -> Process:
         server = launch(tiny_model(max_length=4096), "--tensor-parallel-size", str(size))
         server.ready()
+        assert not list((tmp_path / "t").iterdir())
         return server
 
     return start
@@ -188,7 +190,9 @@ def test_an_idle_server_whose_rank_dies_ends(server: Process) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [2, 4])
-def test_no_rank_outlives_the_server(start: Callable[[int], Process], size: int) -> None:
+def test_nothing_outlives_the_server(
+    start: Callable[[int], Process], tmp_path: Path, size: int
+) -> None:
     server = start(size)
     ranks = ranks_of(server)
     with streaming(server) as response:
@@ -196,6 +200,7 @@ def test_no_rank_outlives_the_server(start: Callable[[int], Process], size: int)
             server.signal(signal.SIGKILL)
             server.exit_code()
             assert gone(ranks)
+        assert not list((tmp_path / "t").iterdir())
         # Nobody is left to say more: the body breaks off, as of any server that is killed. Behind
         # `nybble replicas` its keeper has the last word.
         with pytest.raises(http.client.IncompleteRead):
@@ -214,14 +219,91 @@ def test_requests_finish_when_all_processes_are_told_to_end(
     )
     server.ready()
     ranks = ranks_of(server)
-    with opened(server.origin + COMPLETIONS, LONG | {"stream": True, "max_tokens": 100}) as stream:
+    with opened(server.origin + COMPLETIONS, LONG | {"stream": True, "max_tokens": 400}) as stream:
         stream.readline()
         os.killpg(server.process.pid, number)
+        while ask(server.origin + "/health")[0] != 503:  # which new requests get, too
+            time.sleep(0.01)
+        assert ask(server.origin + COMPLETIONS, SHORT)[0] == 503
         events = [line for line in stream.read().splitlines() if line]
     assert events[-1] == b"data: [DONE]"
     assert json.loads(events[-2].removeprefix(b"data: "))["choices"][0]["finish_reason"] == "length"
     assert server.exit_code() == 0
     assert gone(ranks)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("seconds", "again", "code"), [("0.5", False, 0), ("600", True, 128 + signal.SIGTERM)]
+)
+def test_ranks_end_though_requests_have_not_finished(
+    launch: Callable[..., Process],
+    tiny_model: Callable[..., Path],
+    seconds: str,
+    again: bool,
+    code: int,
+) -> None:
+    """After the time that they have, or at a second signal."""
+    options = ("--tensor-parallel-size", "2", "--shutdown-timeout", seconds)
+    server = launch(tiny_model(max_length=4096), *options)
+    server.ready()
+    ranks = ranks_of(server)
+    with streaming(server) as response:
+        server.signal(signal.SIGTERM)
+        while ask(server.origin + "/health")[0] != 503:
+            time.sleep(0.01)
+        if again:
+            server.signal(signal.SIGTERM)
+        last = [line for line in response.read().splitlines() if line][-1]
+    assert json.loads(last.removeprefix(b"data: "))["error"]["code"] == "engine_unavailable"
+    assert server.exit_code() == code
+    assert gone(ranks)
+
+
+@pytest.mark.slow
+def test_a_server_that_is_ended_while_it_starts_leaves_no_rank(
+    launch: Callable[..., Process], tiny_model: Callable[..., Path]
+) -> None:
+    for _ in range(2):  # the ranks are at different places of their start
+        server = launch(tiny_model(), "--tensor-parallel-size", "4")
+        while len(ranks := ranks_of(server)) < 3:
+            assert server.process.poll() is None, server.log
+            time.sleep(0.01)
+        server.signal(signal.SIGTERM)
+        assert server.exit_code() == 128 + signal.SIGTERM
+        assert gone(ranks)
+
+
+LIMITED = """
+import datetime, functools, sys
+import torch.distributed as group
+limit = datetime.timedelta(seconds=2)
+group.init_process_group = functools.partial(group.init_process_group, timeout=limit)
+print("exchanges have 2 s", file=sys.stderr)
+"""
+
+
+@pytest.mark.slow
+def test_ranks_wait_for_work_longer_than_for_one_another(
+    launch: Callable[..., Process],
+    tiny_model: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """gloo's and NCCL's limits of half an hour and ten minutes, here 2 s, are those of an exchange;
+    a night without requests is none."""
+    (tmp_path / "sitecustomize.py").write_text(LIMITED)
+    path = filter(None, (str(tmp_path), os.environ.get("PYTHONPATH")))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path))
+    server = launch(tiny_model(), "--tensor-parallel-size", "2")
+    server.ready()
+    assert server.log.count("exchanges have 2 s") >= 2
+    for _ in range(2):
+        assert ask(server.origin + COMPLETIONS, SHORT)[0] == 200
+        time.sleep(6)
+    assert ask(server.origin + COMPLETIONS, SHORT)[0] == 200
+    server.signal(signal.SIGTERM)
+    assert server.exit_code() == 0
 
 
 @pytest.mark.slow

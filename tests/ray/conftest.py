@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import importlib.util
-import time
+import socket
 from collections.abc import Iterator
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import ray
 from ray import serve
+from ray._private import parameter
 
 
 @pytest.fixture(scope="session")
@@ -43,22 +46,25 @@ def adapters(tiny: ModuleType, model: Path, tmp_path_factory: pytest.TempPathFac
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[None]:
-    _start_ray()
+    """One machine's. Ray is told the ports of its agents: those whose ports it does not know have
+    15 s each to say them (Ray 2.60, ``NodeManager::WaitForDashboardAgentPorts``), in which a busy
+    machine may not start them, and no setting changes that. For others it waits as long as the
+    setting says. ``ray.init`` has no argument for three of the ports, which ``ray start`` has."""
+    with ExitStack() as stack:
+        held = [stack.enter_context(socket.socket()) for _ in range(4)]
+        for each in held:
+            each.bind(("127.0.0.1", 0))
+        listening, grpc, environments, metrics = (each.getsockname()[1] for each in held)
+    ports = {
+        "dashboard_agent_listen_port": listening,
+        "metrics_agent_port": grpc,
+        "runtime_env_agent_port": environments,
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_agent_register_timeout_ms", "600000")
+        patch.setattr(parameter, "RayParams", partial(parameter.RayParams, **ports))
+        ray.init("local", num_cpus=8, include_dashboard=False, _metrics_export_port=metrics)
     serve.start(proxy_location="Disabled")
     yield
     serve.shutdown()
     ray.shutdown()
-
-
-def _start_ray() -> None:
-    """Ray gives the agents of its raylet 15 s each to tell their ports, in which a busy machine may
-    not manage it, and dies. The limit is in its C++ (Ray 2.60): no setting changes it."""
-    deadline = time.monotonic() + 600
-    while True:
-        try:
-            ray.init(num_cpus=8, include_dashboard=False, log_to_driver=True)
-            return
-        except Exception:
-            ray.shutdown()
-            if time.monotonic() > deadline:
-                raise

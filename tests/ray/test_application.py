@@ -44,7 +44,7 @@ def site(cluster: None, model: Path, adapters: Path) -> Iterator[Callable[..., S
         options.update(arguments.pop("options", {}))
         whole = {
             "model": str(model),
-            "shutdown_timeout": 60,
+            "shutdown_timeout": 300,  # a busy machine takes long to finish streams
             "options": options,
             **arguments,
         }
@@ -145,7 +145,42 @@ class Load:
             thread.join()
 
 
-def test_affinity_a_kill_and_a_rolling_update(site: Callable[..., Site]) -> None:
+class Streams:
+    """A stream for each of the adapters a0 to a7 at once.
+
+    last: of each that has ended, the data of its last event.
+    at: by server, the adapters whose streams it has.
+    """
+
+    def __init__(self, site: Site) -> None:
+        """All have begun when this returns."""
+        self.last: dict[str, str] = {}
+        self._site = site
+        self._began = {f"a{i}": threading.Event() for i in range(8)}
+        self._threads = [
+            threading.Thread(target=self._stream, args=(name,)) for name in self._began
+        ]
+        had = {address: site.sequences(address) for address in site.servers()}
+        for thread in self._threads:
+            thread.start()
+        for each in self._began.values():
+            assert each.wait(60)
+        # An adapter whose server was full has gone to another.
+        self.at = {
+            address: set(site.sequences(address) - before) & set(self._began)
+            for address, before in had.items()
+        }
+
+    def _stream(self, model: str) -> None:
+        text = self._site.stream(model, self._began[model].set)
+        self.last[model] = text.strip().splitlines()[-1].removeprefix("data: ")
+
+    def join(self) -> None:
+        for thread in self._threads:
+            thread.join()
+
+
+def test_adapters_meet_and_a_killed_server_is_replaced(site: Callable[..., Site]) -> None:
     nybble = site(min_replicas=2, max_replicas=2)
     nybble.until(lambda: len(nybble.servers()) == 2)
     # An adapter's requests meet at one server. On one connection: by another, HAProxy could get the
@@ -158,40 +193,47 @@ def test_affinity_a_kill_and_a_rolling_update(site: Callable[..., Site]) -> None
     first, second = (set(nybble.sequences(address)) for address in before)
     assert first | second == {f"a{i}" for i in range(8)}
     assert not first & second
-
     # A killed server: its streams end with an error, other requests go elsewhere, and Ray starts
     # another.
-    had = nybble.sequences(before[0])
-    last: dict[str, str] = {}
-
-    def stream(model: str) -> None:
-        text = nybble.stream(model, began[model].set)
-        last[model] = text.strip().splitlines()[-1].removeprefix("data: ")
-
-    began = {f"a{i}": threading.Event() for i in range(8)}
-    threads = [threading.Thread(target=stream, args=(model,)) for model in began]
     with Load(nybble) as load:
-        for thread in threads:
-            thread.start()
-        for each in began.values():
-            assert each.wait(60)
-        # Those that came while a server was full have gone to the other.
-        killed = set(nybble.sequences(before[0]) - had) & set(began)
+        streams = Streams(nybble)
         os.kill(nybble.pid(before[0]), signal.SIGKILL)
-        for thread in threads:
-            thread.join()
+        streams.join()
         nybble.until(lambda: len(nybble.servers()) == 2 and nybble.servers() != before)
     assert set(load.statuses) == {200}
+    killed = streams.at[before[0]]
     assert killed
-    assert {model for model in began if last[model] != "[DONE]"} == killed
-    assert {json.loads(last[model])["error"]["code"] for model in killed} == {"engine_failed"}
+    assert {model for model, last in streams.last.items() if last != "[DONE]"} == killed
+    assert {json.loads(streams.last[each])["error"]["code"] for each in killed} == {"engine_failed"}
 
-    # A rolling update: other servers, no request lost.
+
+def test_a_rolling_update_loses_no_request_and_ends_streams_whole(
+    site: Callable[..., Site],
+) -> None:
+    servers = {"min_replicas": 2, "max_replicas": 2}
+    nybble = site(**servers)
+    nybble.until(lambda: len(nybble.servers()) == 2)
     before = nybble.servers()
+    changed = {**servers, "options": {"max-num-seqs": 32}}
     with Load(nybble) as load:
-        site(min_replicas=2, max_replicas=2, options={"max-num-seqs": 32})
+        streams = Streams(nybble)
+        assert all(streams.at.values())
+        updating = threading.Thread(target=site, kwargs=changed)
+        updating.start()
+        nybble.until(lambda: set(nybble.servers()) < set(before))
+        (leaving,) = set(before) - set(nybble.servers())
+        # It has left the balancer, and still streams.
+        assert streams.at[leaving] - set(streams.last)
+        updating.join()
         nybble.until(lambda: len(nybble.servers()) == 2 and not set(nybble.servers()) & set(before))
+        streams.join()
+    assert streams.last == dict.fromkeys(streams.last, "[DONE]")
+    assert len(streams.last) == 8
     assert set(load.statuses) == {200}
+    for i in range(8):
+        assert nybble.ask(f"a{i}").status_code == 200
+    new = sum((nybble.sequences(address) for address in nybble.servers()), Counter())
+    assert set(new) >= {f"a{i}" for i in range(8)}
 
 
 def test_no_process_of_ray_is_between_a_client_and_its_server(site: Callable[..., Site]) -> None:

@@ -6,7 +6,7 @@ import asyncio
 import json
 import shutil
 import threading
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack, ExitStack
 from dataclasses import replace
 from hashlib import sha1
@@ -276,6 +276,38 @@ def test_an_upload_goes_to_the_registry_and_a_deleted_one_leaves_it(
         assert (await ask(first, "b"))[0] == 404
 
     serve(engines, [shared(registry=str(tmp_path / "registry")) for _ in range(2)], scenario)
+
+
+def test_an_upload_is_received_where_the_next_start_removes_it(
+    engines: list[Engine], shared: Callable[..., SharedAdapters], tmp_path: Path
+) -> None:
+    """If the server is killed meanwhile: it may be gigabytes."""
+    found: list[str] = []
+
+    async def body() -> AsyncIterator[bytes]:
+        yield b"--x\r\nContent-Disposition: form-data; name=file; "
+        yield b"filename=adapter_config.json\r\n\r\n"
+        while not found:
+            yield b" "
+            await asyncio.sleep(0.01)
+            found.extend(path.name for path in tmp_path.glob("cache0/*/adapter_config.json"))
+        found[:] = [path.name for path in tmp_path.glob("cache0/[!.]*")]
+        found.extend(path.name[:9] for path in tmp_path.glob("cache0/.p*"))
+        yield b"\r\n--x--\r\n"
+
+    async def scenario(client: Client) -> None:
+        headers = ADMIN | {"Content-Type": "multipart/form-data; boundary=x"}
+        async with client.post("/v1/lora_adapters", data=body(), headers=headers) as response:
+            assert response.status == 400
+        assert found == [".partial-"]
+        assert not list(tmp_path.glob("cache0/.p*"))
+
+    serve(engines, [shared(registry=str(tmp_path / "registry"))], scenario)
+    cache = AdapterDiskCache(tmp_path / "cache0", LARGE)
+    with cache.scratch() as folder:
+        cache.close()  # as a killed server does
+        AdapterDiskCache(tmp_path / "cache0", LARGE).close()
+        assert not folder.exists()
 
 
 def test_deleting_a_name_leaves_those_that_begin_with_it(

@@ -6,12 +6,15 @@ import asyncio
 import contextlib
 import itertools
 import math
+import shutil
+import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 from aiohttp import ClientError
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -327,6 +330,32 @@ def test_vllms_names_say_what_an_endpoint_picker_asks_for(
         models = await (await client.get("/v1/models")).json()
         parents = {model["id"]: model["parent"] for model in models["data"]}
         assert parents == {"tiny": None, "a0": "tiny", "a1": "tiny", "a2": "tiny"}
+
+    try:
+        run(engine, scenario, vllm_metrics=True)
+    finally:
+        engine.stop()
+
+
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is not installed")
+def test_prometheus_own_reader_takes_every_line(
+    tiny_model: Callable[..., Path], tiny_adapter: Callable[..., Path]
+) -> None:
+    """It is the endpoint picker's too, which gets nothing if one line is wrong."""
+    config = replace(CONFIG, adapters=AdapterConfig(slots=2, max_rank=4))
+    engine = Engine.load(open_checkpoint(tiny_model()), config, progress=False)
+    engine.start()
+    engine.load_adapter("org/a:1.0", str(tiny_adapter(seed=1)))
+
+    async def scenario(client: Client) -> None:
+        body = {"model": "org/a:1.0", "prompt": "a", "max_tokens": 2}
+        assert (await client.post(COMPLETIONS, json=body)).status == 200
+        text = await (await client.get("/metrics")).text()
+        assert 'running_lora_adapters="org/a:1.0"' in text
+        for what, taken in ((text, True), (text.replace("} 1.0\n", "} 1.0 no\n"), False)):
+            command = ["promtool", "check", "metrics"]
+            told = subprocess.run(command, input=what, capture_output=True, text=True)
+            assert ("error while linting" not in told.stderr) == taken, told.stderr
 
     try:
         run(engine, scenario, vllm_metrics=True)
