@@ -250,7 +250,7 @@ class _LazyVocabulary:
                     given: Any = _Extended(self._backend, self._base, self._size)
                     given.eos_token_id = self._eos_token_ids[0]
                     plain = LLTokenizer(given, eos_token=self._eos_token_ids, slices=[])
-                    self._read = plain.with_slices(LLTokenizer.general_slices())
+                    self._read = plain.with_slices(plain.general_slices())
             return self._read
 
     @cached_property
