@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import shutil
 import tempfile
 import time
 from pathlib import Path
@@ -76,7 +75,7 @@ def _write_model(folder: Path, tokens: int) -> None:
     fast.save_pretrained(folder)
 
 
-def _write_adapter(folder: Path, model: Path, number: int) -> None:
+def _write_adapter(folder: Path, base: Tokenizer, number: int) -> None:
     folder.mkdir()
     about = {"peft_type": "LORA", "r": 4, "lora_alpha": 4, "target_modules": ["q_proj"]}
     (folder / "adapter_config.json").write_text(json.dumps(about))
@@ -87,10 +86,9 @@ def _write_adapter(folder: Path, model: Path, number: int) -> None:
         for part in "AB"
     }
     save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
-    own = Tokenizer.from_file(str(model / "tokenizer.json"))
+    own = Tokenizer.from_str(base.to_str())
     own.add_tokens([AddedToken(f"<own-{number}>", special=True)])
     own.save(str(folder / "tokenizer.json"))
-    shutil.copy(model / "tokenizer_config.json", folder)
 
 
 async def _longest(engine: Engine, number: int, seconds: float, adapter: Path | None) -> float:
@@ -136,7 +134,7 @@ def main() -> None:
         try:
             for number in range(asked.times):
                 adapter = Path(temporary) / f"adapter-{number}"
-                _write_adapter(adapter, model, number)
+                _write_adapter(adapter, tokens.tokenizer.backend_tokenizer, number)
                 plain = asyncio.run(_longest(engine, 2 * number, 3, None))
                 loading = asyncio.run(_longest(engine, 2 * number + 1, 3, adapter))
                 own = engine.tokens_of(adapter.name).added
