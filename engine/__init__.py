@@ -4,6 +4,7 @@ from nybble.engine.adapters import AdapterConflictError, AdapterInfo
 from nybble.engine.config import AdapterConfig, EngineConfig, resolve_device
 from nybble.engine.engine import Engine
 from nybble.engine.guide import GrammarCompiler, GrammarGuide, StructuralTag
+from nybble.engine.limits import LIMITS
 from nybble.engine.reasoning_budget import BudgetGuide, ReasoningLimit
 from nybble.engine.request import (
     MAX_MIXED_ADAPTERS,
@@ -35,6 +36,7 @@ from nybble.engine.vocabulary import Vocabulary
 from nybble.loaders import AdapterError
 
 __all__ = [
+    "LIMITS",
     "MAX_MIXED_ADAPTERS",
     "AdapterConfig",
     "AdapterConflictError",

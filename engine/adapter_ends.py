@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from nybble.engine.base_layers import BaseLayers, BaseModel
-from nybble.engine.parallel import TensorParallel
-from nybble.engine.parts import NormPart, norm_part
+from nybble.engine.parallel import Range, TensorParallel, joined
+from nybble.engine.parts import NormPart
 from nybble.kernels import DenseWeight, PackedWeight
 from nybble.kernels.backend import Backend
 from nybble.kernels.lora import LoRASlots, Matrices
@@ -32,7 +32,7 @@ from nybble.kernels.reference import stretch_add
 from nybble.loaders import LoRAAdapter
 from nybble.loaders.adapter import LoRAModule
 from nybble.loaders.adapter_changes import MatrixChange
-from nybble.models import Architecture, Norm
+from nybble.models import Architecture
 
 # Inputs that share a scale in 8 bits, if the width is a multiple of so many.
 _GROUP_SIZE = 128
@@ -63,7 +63,7 @@ class _LowRank:
 
 
 @dataclass(frozen=True)
-class _Rounded:
+class RoundedRows:
     """A matrix in 8 bits, whose rows are looked up.
 
     codes: int8 ``(rows, columns)``. scales: float32 ``(rows,)``.
@@ -117,13 +117,13 @@ class MatrixTensors:
 class EndTensors:
     """What an adapter changes at the ends, of all ranks together; see :class:`StagedEnds`.
 
-    norms: weights and biases by the names of norms.
+    norms: weights and biases of norms, by their names.
     rows: how many tokens the output layer has.
     """
 
     embedding: MatrixTensors | None
     head: MatrixTensors | None
-    norms: Mapping[str, tuple[Tensor, Tensor | None]]
+    norms: Mapping[str, Tensor]
     rows: int
     known: int | None
 
@@ -141,10 +141,7 @@ class EndTensors:
                 return None
             return MatrixTensors(**{name: of(tensor) for name, tensor in vars(tensors).items()})
 
-        norms = {
-            name: (function(weight.contiguous()), of(bias))
-            for name, (weight, bias) in self.norms.items()
-        }
+        norms = {name: function(each.contiguous()) for name, each in self.norms.items()}
         embedding, head = of_matrix(self.embedding), of_matrix(self.head)
         return EndTensors(embedding, head, norms, self.rows, self.known)
 
@@ -167,7 +164,7 @@ class _Embedding:
     table: ``(vocab, rank)``, what ``low_rank`` expands for each token; both None without LoRA.
     """
 
-    matrix: Tensor | _Rounded | None
+    matrix: Tensor | RoundedRows | None
     ids: Tensor | None
     rows: Tensor | None
     table: Tensor | None
@@ -187,7 +184,7 @@ class _Embedding:
     @property
     def tensors(self) -> Iterator[Tensor | None]:
         yield from (self.ids, self.rows, self.table)
-        if isinstance(self.matrix, _Rounded):
+        if isinstance(self.matrix, RoundedRows):
             yield from (self.matrix.codes, self.matrix.scales)
         else:
             yield self.matrix
@@ -339,22 +336,10 @@ def end_tensors(
     """
     embedding = head = None
     if (change := adapter.embedding) is not None:
-        embedding = _of_embedding(
-            _as_rows(_without_base(change, base.embedding), base.embedding), dtype
-        )
+        embedding = _of_embedding(kept_change(change, base.embedding), dtype)
     if (change := adapter.head) is not None:
         head = _of_head(_without_base(change, base.head), base, dtype)
-    norms = {}
-    for name in dict.fromkeys(each.rpartition(".")[0] for each in adapter.norms):
-        shape = base.norm_tensors[name][0].shape
-        weight, bias = (
-            adapter.norms[f"{name}.{part}"].to(dtype).view(shape)
-            if f"{name}.{part}" in adapter.norms
-            else own
-            for part, own in zip(("weight", "bias"), base.norm_tensors[name], strict=True)
-        )
-        assert weight is not None
-        norms[name] = weight, bias
+    norms = {name: each.to(dtype) for name, each in adapter.norms.items()}
     if embedding is None and head is None and not norms and known is None:
         return None
     return EndTensors(embedding, head, norms, adapter.vocab or architecture.vocab, known)
@@ -362,17 +347,19 @@ def end_tensors(
 
 def stage_ends(
     whole: EndTensors,
-    norm: Norm,
-    backend: Backend,
+    base: BaseModel,
     dtype: torch.dtype,
     group: TensorParallel,
+    outputs: Mapping[str, Sequence[Range]],
     *,
     in_8_bits: bool = False,
 ) -> StagedEnds:
     """What this rank computes.
 
+    base, outputs: this rank's; see :meth:`TensorParallel.outputs`.
     in_8_bits: whether whole matrices are rounded to 8 bits.
     """
+    backend = base.backend
     embedding = head = None
     tensors: list[Tensor | None] = []
     if whole.embedding is not None:
@@ -381,15 +368,45 @@ def stage_ends(
     if whole.head is not None:
         head = _staged_head(whole.head, backend, dtype, whole.rows, group, in_8_bits=in_8_bits)
         tensors += head.tensors
-    norms = {
-        name: norm_part(norm, weight, bias, backend, name)
-        for name, (weight, bias) in whole.norms.items()
-    }
-    for pair in whole.norms.values():
-        tensors += pair
+    norms = {}
+    for module in dict.fromkeys(each.rpartition(".")[0] for each in whole.norms):
+        weight, bias = base.norm_tensors[module]
+        weight = _of_norm(whole, f"{module}.weight", weight, outputs)
+        if bias is not None:
+            bias = _of_norm(whole, f"{module}.bias", bias, outputs)
+        norms[module] = base.norm(module, weight, bias)
+        tensors += weight, bias
     found = tuple(tensor for tensor in tensors if tensor is not None)
     sent = whole if group.size > 1 and group.rank == 0 else None
     return StagedEnds(embedding, head, norms, found, whole.known, sent)
+
+
+def _of_norm(
+    whole: EndTensors, name: str, own: Tensor, outputs: Mapping[str, Sequence[Range]]
+) -> Tensor:
+    """What an adapter has instead of this rank's tensor of a norm, or that tensor."""
+    if name not in whole.norms:
+        return own
+    changed = whole.norms[name].view(-1, *own.shape[1:])
+    return joined(changed, outputs[name]) if name in outputs else changed
+
+
+def kept_change(change: MatrixChange, base: Tensor | DenseWeight | PackedWeight) -> MatrixChange:
+    """What is kept of a change of the embedding, or of an output layer without LoRA.
+
+    base: the matrix that it changes.
+    """
+    return _as_rows(_without_base(change, base), base)
+
+
+def rounded_embedding(matrix: Tensor, dtype: torch.dtype) -> RoundedRows:
+    """A whole embedding ``(vocab, hidden)`` in 8 bits, whose rows are in ``dtype``."""
+    return RoundedRows(*rounded_rows(matrix), dtype)
+
+
+def rounded_head(matrix: Tensor) -> PackedWeight:
+    """A whole output layer ``(vocab, hidden)`` in 8 bits."""
+    return round_to_int8(matrix, math.gcd(matrix.shape[1], _GROUP_SIZE))
 
 
 def _without_base(change: MatrixChange, base: Tensor | DenseWeight | PackedWeight) -> MatrixChange:
@@ -452,9 +469,9 @@ def _staged_embedding(
     if tensors.b is not None:
         # The kernel takes what is shrunk already: its first matrix is the identity.
         low_rank = _LowRank.of(torch.eye(tensors.b.shape[1]), tensors.b, dtype, backend)
-    matrix: Tensor | _Rounded | None = tensors.matrix
+    matrix: Tensor | RoundedRows | None = tensors.matrix
     if isinstance(matrix, Tensor) and in_8_bits:
-        matrix = _Rounded(*rounded_rows(matrix), dtype)
+        matrix = rounded_embedding(matrix, dtype)
     return _Embedding(matrix, tensors.ids, tensors.rows, tensors.a, low_rank)
 
 
@@ -483,7 +500,7 @@ def _staged_head(
     some = dense(own.rows)
     whole: Weight | None = dense(own.matrix)
     if in_8_bits and isinstance(whole, DenseWeight):
-        rounded = round_to_int8(whole.weight, math.gcd(whole.in_features, _GROUP_SIZE))
+        rounded = rounded_head(whole.weight)
         whole = rounded.to_layout(preferred_layout(rounded.qweight.device))
     held = [tensor for weight in (whole, some) for tensor in _tensors_of(weight)]
     held += [each for each in (own.ids, own.outputs) if each is not None]

@@ -20,8 +20,9 @@ served, some rows at a time.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -36,10 +37,11 @@ from nybble.kernels.backend import Backend
 from nybble.kernels.cpu.huge_pages import empty_in_huge_pages
 from nybble.kernels.lora import GroupedLoRA, LoRASlots, LowRank, Matrices, in_8_bits
 from nybble.kernels.lora_batch import LoRABatch
+from nybble.kernels.packed import Weight
 from nybble.kernels.reference import stretch_add
 from nybble.loaders import AdapterError, LoRAAdapter
 from nybble.loaders.adapter_combine import kind_of
-from nybble.models import Architecture, Attention, Mixture
+from nybble.models import Architecture, Mixture
 
 
 @dataclass(frozen=True)
@@ -163,7 +165,7 @@ class StagedAdapter:
     memory: its matrices, as :class:`nybble.engine.adapter_layout.AdapterLayout` lays them out;
         ``b`` is multiplied by α/r and, with DoRA, by 1 + gain.
     ranks: of the change of each linear layer, in their order; 0 for none.
-    outputs: gains and shifts, float32 ``(2, out)``, by the index of the projection.
+    outputs: gains and shifts, float32 ``(2, out)``, by the index of the projection; of all ranks.
     ends: what it changes of the embedding, the output layer and norms, which its slot refers to;
         None if nothing.
     nbytes: of all of it.
@@ -196,6 +198,7 @@ class AdapterSlots:
         dtype: torch.dtype,
         device_bytes: int | None = None,
         base: BaseModel | None = None,
+        whole: Callable[[], Sequence[tuple[Weight, ...]]] | None = None,
         group: TensorParallel = ALONE,
         in_8_bits: bool = False,
     ) -> None:
@@ -203,6 +206,7 @@ class AdapterSlots:
         (:attr:`nybble.engine.decoder.Decoder.base`).
         device_bytes: a GPU's memory for adapters; None for ``count`` of the highest rank on all
         layers but experts.
+        whole: the base's projections of all ranks, where adapters are staged; None: the base's.
         group: which rank this is. Adapters are staged for all ranks, and cut when a slot is filled.
         in_8_bits: whether the matrices of adapters are rounded to 8 bits, on the CPU.
 
@@ -210,8 +214,9 @@ class AdapterSlots:
         """
         self.architecture = architecture
         self._group = group
-        outputs = group.outputs(architecture)
+        self._own_outputs = outputs = group.outputs(architecture)
         self._base = base
+        self._whole = whole
         self.count = count
         self.max_rank = max_rank
         self.device = device
@@ -354,7 +359,7 @@ class AdapterSlots:
 
         Raises AdapterError for an adapter on layers that latent attention absorbs, or with DoRA,
         (IA)³, biases or changes of the embedding, the output layer or norms, if the device is a
-        GPU, and with DoRA, (IA)³, biases or changes of norms of heads if there are several ranks.
+        GPU.
         """
         absorbed = self.architecture.computed_in_16_bits.keys() & adapter.modules.keys()
         if self.device.type != "cpu" and absorbed:
@@ -362,18 +367,12 @@ class AdapterSlots:
                 f"the adapter changes {min(absorbed)}, which latent attention absorbs; a GPU does "
                 "not compute that so far: train an adapter without it, or use --device cpu"
             )
-        kind = _stretching(adapter)
         changed = "changes of embeddings, the output layer or norms"
         of_ends = changed if _changes_ends(adapter) else None
-        if self.device.type != "cpu" and (of_ends or kind):
+        if self.device.type != "cpu" and (kind := of_ends or _stretching(adapter)):
             raise AdapterError(
-                f"the adapter has {of_ends or kind}, which a GPU does not compute so far; merge "
+                f"the adapter has {kind}, which a GPU does not compute so far; merge "
                 "the adapter into its base, or use --device cpu"
-            )
-        if self._group.size > 1 and (kind := kind or self._norms_of_heads(adapter)):
-            raise AdapterError(
-                f"the adapter has {kind}, which tensor parallelism does not compute so far; merge "
-                "the adapter into its base, or serve it with one rank"
             )
         names = [name for slots in self.projections for name in slots.modules]
         ranks = tuple(adapter.modules[n].rank if n in adapter.modules else 0 for n in names)
@@ -389,8 +388,7 @@ class AdapterSlots:
             vectors = None
             if not all(module.is_low_rank for module in changes.values()):
                 vectors = outputs[index] = torch.zeros(2, slots.all_offsets[-1])
-                assert self._base is not None
-                layers = BaseLayers(self._base.projections[index], slots.all_offsets)
+                layers = BaseLayers(self._whole_projections[index], slots.all_offsets)
             for part, name in enumerate(slots.modules):
                 pair, module = next(matrices), changes.get(name)
                 if module is None:
@@ -414,25 +412,18 @@ class AdapterSlots:
         assert self._base is not None
         return stage_ends(
             whole,
-            self.architecture.norm,
-            self._base.backend,
+            self._base,
             self.dtype,
             self._group,
+            self._own_outputs,
             in_8_bits=self.layout.in_8_bits,
         )
 
-    def _norms_of_heads(self, adapter: LoRAAdapter) -> str | None:
-        """What the adapter changes of norms that are cut with the heads; None if nothing."""
-        own = {
-            self.architecture.module(index, name)
-            for index, layer in enumerate(self.architecture.layers)
-            for mixer in layer.mixers
-            if isinstance(mixer, Attention) and mixer.qk_norm is not None
-            for name in (mixer.q_norm, mixer.k_norm)
-        }
-        changed = (name for name in adapter.norms if name.rpartition(".")[0] in own)
-        found = next(changed, None)
-        return None if found is None else f"a change of {found}"
+    @cached_property
+    def _whole_projections(self) -> Sequence[tuple[Weight, ...]]:
+        """Read when the first adapter needs them."""
+        assert self._base is not None
+        return self._base.projections if self._whole is None else self._whole()
 
     def is_finite(self, staged: StagedAdapter) -> bool:
         """Whether no value overflowed in the slots' dtype."""
@@ -473,7 +464,7 @@ class AdapterSlots:
         if staged.ends is not None:
             self._ends[slot] = staged.ends
         for index, vectors in staged.outputs.items():
-            self.projections[index].outputs[slot] = vectors
+            self.projections[index].outputs[slot] = self._own_vectors(index, vectors)
             self._stretched.add(slot)
         dense = sum(len(slots.modules) for slots in self.projections[: self._first_of_experts])
         if any(staged.ranks[dense:]):
@@ -504,6 +495,20 @@ class AdapterSlots:
                 if pair.scales is not None and target.scales is not None:
                     target.scales.copy_(pair.scales)
         return memory
+
+    def _own_vectors(self, index: int, vectors: Tensor) -> Tensor:
+        """Gains and shifts ``(2, out)`` of a projection, of this rank's outputs alone."""
+        if self._group.size == 1:
+            return vectors
+        slots = self.projections[index]
+        return torch.cat(
+            [
+                vectors[:, offset + start : offset + stop]
+                for offset, ranges in zip(slots.all_offsets[:-1], slots.own, strict=True)
+                for start, stop in ranges
+            ],
+            1,
+        )
 
     def _shapes(self, own: bool) -> Iterator[tuple[int, int]]:
         """Inputs and outputs of each linear layer; own: those of this rank alone."""

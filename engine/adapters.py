@@ -149,7 +149,7 @@ class AdapterRegistry:
     _mixtures: OrderedDict[_MixtureKey, AdapterVersion] = field(default_factory=OrderedDict)
 
     def __post_init__(self) -> None:
-        self._own_tokens = AdapterTokens(self.tokens)
+        self._own_tokens = AdapterTokens(self.tokens, reads=self.own_settings)
         self.cache = self._empty_cache()
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="nybble-adapters")
 

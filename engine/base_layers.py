@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from nybble.engine.parts import NormPart
+from nybble.engine.weight_store import WeightStore
 from nybble.kernels import PackedWeight
 from nybble.kernels.backend import Backend
 from nybble.kernels.packed import Weight
+from nybble.loaders import Checkpoint
 from nybble.loaders.adapter import LoRAModule
+from nybble.models import Architecture
 
 # Rows dequantized at a time: 16 MiB of float32 at 4096 columns.
 _ROWS_AT_A_TIME = 1024
@@ -24,13 +28,37 @@ class BaseModel:
     projections: of each projection that every token passes, one for all its layers or one for each.
     embedding: ``(vocab, hidden)``. head: of the output layer.
     norm_tensors: weights and biases of norms as stored, by the names of their modules.
+    norm: the norm of a module with another weight and bias.
     """
 
     projections: Sequence[tuple[Weight, ...]]
     embedding: Tensor
     head: Weight
     norm_tensors: Mapping[str, tuple[Tensor, Tensor | None]]
+    norm: Callable[[str, Tensor, Tensor | None], NormPart]
     backend: Backend
+
+
+def whole_projections(
+    checkpoint: Checkpoint, architecture: Architecture, dtype: torch.dtype
+) -> list[tuple[Weight, ...]]:
+    """:attr:`BaseModel.projections` of all ranks together, on the CPU.
+
+    They stay where the checkpoint's files are mapped, if it is packed.
+    """
+    groups = [
+        (architecture.module(index, ""), group)
+        for index, layer in enumerate(architecture.layers)
+        for group in layer.groups
+    ]
+    names = {
+        module + name
+        for module, group in groups
+        for name in (group.name, *(linear.name for linear in group.linears))
+    }
+    weights = (each for each in checkpoint.weights() if each[0] in names)
+    store = WeightStore(weights, architecture, torch.device("cpu"), dtype)
+    return [store.group(module, group) for module, group in groups]
 
 
 @dataclass(frozen=True)

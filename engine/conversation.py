@@ -10,6 +10,7 @@ import json
 import re
 import secrets
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from pydantic_core import from_json
@@ -28,6 +29,14 @@ _UNSHIELDED = re.compile(f"{_SHIELD}({_SHIELD}?)")
 _THOUGHTS = ("reasoning", "reasoning_content", "thinking")
 # Whose text is the model's own or its developer's, who may write what is no control token.
 _TRUSTED_ROLES = ("system", "assistant")
+
+
+def read_template(path: Path) -> str:
+    """A chat template of one's own, in a file. Raises OSError and ValueError."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise ValueError(f"the chat template {path} is not a text in UTF-8") from None
 
 
 def template_of(tokenizer: TextTokenizer, *, tools: bool) -> str | None:

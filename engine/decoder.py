@@ -117,6 +117,8 @@ class Decoder:
         self.num_tokens = architecture.vocab if num_tokens is None else num_tokens
         self._weights: list[tuple[Weight, ...]] = []  # of each projection
         self._norm_tensors: dict[str, tuple[Tensor, Tensor | None]] = {}
+        # Of norms of all heads together: this rank's outputs, and how many ranks have the same.
+        self._among_all: dict[str, tuple[int, int, int]] = {}
         store = WeightStore(weights, architecture, device, dtype)
         self.embedding = store.tensor(
             architecture.embedding + ".weight", architecture.vocab, architecture.hidden
@@ -272,6 +274,7 @@ class Decoder:
             embedding=self.embedding,
             head=head,
             norm_tensors=self._norm_tensors,
+            norm=self._norm_of,
             backend=self.backend,
         )
 
@@ -433,11 +436,10 @@ class Decoder:
             (own.k_norm, own.kv_heads, whole.kv_heads, group.kv_heads(whole), group.copies(whole)),
         ):
             shape = own.norm_shape(all_heads if all_together else heads)
-            norm = self._norm(store, self.architecture.module(index, name), *shape)
+            module = self.architecture.module(index, name)
             if all_together:
-                ends = first * own.head_dim, last * own.head_dim
-                norm = AllHeadsNormPart(norm, group, *ends, copies)
-            found.append(norm)
+                self._among_all[module] = first * own.head_dim, last * own.head_dim, copies
+            found.append(self._norm(store, module, *shape))
         return found
 
     def _mlp(self, store: WeightStore, index: int, about: Mlp) -> MlpPart:
@@ -528,4 +530,10 @@ class Decoder:
         bias = store.tensor(module + ".bias", *shape) if norm.bias else None
         weight = store.tensor(module + ".weight", *shape)
         self._norm_tensors[module] = weight, bias
-        return norm_part(norm, weight, bias, self.backend, module)
+        return self._norm_of(module, weight, bias)
+
+    def _norm_of(self, module: str, weight: Tensor, bias: Tensor | None) -> NormPart:
+        norm = norm_part(self.architecture.norm, weight, bias, self.backend, module)
+        if module not in self._among_all:
+            return norm
+        return AllHeadsNormPart(norm, self._group, *self._among_all[module], name=module)

@@ -11,6 +11,7 @@ import logging
 from collections.abc import AsyncGenerator, Callable, Mapping
 from collections.abc import Sequence as Several
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from nybble.engine.adapters import AdapterInfo, AdapterRegistry, AdapterUsage
+from nybble.engine.base_layers import whole_projections
 from nybble.engine.block_manager import BlockManager
 from nybble.engine.config import EngineConfig, resolve_device
 from nybble.engine.decoder import Decoder
@@ -303,6 +305,9 @@ class Engine:
                 device=device,
                 dtype=config.dtype,
                 base=decoder.base,
+                whole=partial(whole_projections, checkpoint, architecture, config.dtype)
+                if ranks.group.size > 1
+                else None,
                 in_8_bits=config.adapters.dtype == "int8",
             )
         draft_decoder = None

@@ -50,12 +50,12 @@ def sampling_defaults(settings: Mapping[str, Any]) -> dict[str, float]:
         if number is None:
             expected = "a whole number" if whole else "a number"
             raise ValueError(f"{_FILE}: {name} is {value!r}, expected {expected}")
-        found[name] = max(0, number) if whole and number == -1 else number
+        found[name] = number
     try:
-        SamplingParams(**found)  # type: ignore[arg-type]
+        params = SamplingParams(**found)  # type: ignore[arg-type]
     except ParameterError as error:
         raise ValueError(f"{_FILE}: {error}") from error
-    return found if samples else {}
+    return {name: getattr(params, name) for name in found} if samples else {}
 
 
 def eos_token_ids(

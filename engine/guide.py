@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
 from torch import Tensor
 
 from nybble.engine.json_schema import Omission, Schema, expressible
@@ -36,6 +38,9 @@ JSON_OPTIONS: Any = {"whitespace_pattern": r"[ \n\t]{1,40}"}
 _ANY_SPELLING = '%llguidance {"no_forcing": true}\n'
 # How the library says that no token may come next.
 _NOTHING_FOLLOWS = "NoExtensionBias"
+_MARKER = b"\xff"
+# A character that no token has beside others.
+_LEAD = "\x02"
 # In Lark's syntax, what is between quotes and slashes is text; other names may be those of tokens.
 # What is not closed matches too, or looking for its end again and again would take quadratic time.
 _LITERAL = re.compile(r'"(?:[^"\\]|\\.)*"?|/(?:[^/\\\n]|\\.)+/?')
@@ -96,9 +101,19 @@ class GrammarGuide:
 class GrammarCompiler:
     """Builds guides for one vocabulary; may be used from any thread."""
 
-    def __init__(self, tokenizer: TextTokenizer, vocab: int, eos_token_ids: frozenset[int]) -> None:
+    def __init__(
+        self,
+        tokenizer: TextTokenizer,
+        vocab: int,
+        eos_token_ids: frozenset[int],
+        *,
+        base: GrammarCompiler | None = None,
+    ) -> None:
+        """base: of a tokenizer that has the same tokens but for some that were added to it, which
+        makes the vocabulary quicker to read."""
         self._backend = tokenizer.backend_tokenizer
-        self._vocabulary = _LazyVocabulary(tokenizer, vocab, eos_token_ids)
+        known = None if base is None else base._vocabulary
+        self._vocabulary = _LazyVocabulary(tokenizer, vocab, eos_token_ids, known)
         self._lead = ""
 
     def read_vocabulary(self) -> None:
@@ -204,10 +219,17 @@ class GrammarCompiler:
 class _LazyVocabulary:
     """A vocabulary as the library reads it. That takes seconds, so it is done once it is needed."""
 
-    def __init__(self, tokenizer: TextTokenizer, size: int, eos_token_ids: frozenset[int]) -> None:
+    def __init__(
+        self,
+        tokenizer: TextTokenizer,
+        size: int,
+        eos_token_ids: frozenset[int],
+        base: _LazyVocabulary | None,
+    ) -> None:
         self._backend = tokenizer.backend_tokenizer
         self._size = size
         self._eos_token_ids = sorted(eos_token_ids)
+        self._base = base
         self._lock = threading.Lock()
         self._read: LLTokenizer | None = None
 
@@ -216,12 +238,37 @@ class _LazyVocabulary:
             if self._read is None:
                 from llguidance import LLTokenizer
 
-                self._read = LLTokenizer(
-                    self._backend.to_str(),
-                    n_vocab=self._size,
-                    eos_token=self._eos_token_ids or None,
-                )
+                if self._base is None or not self._eos_token_ids:
+                    self._read = LLTokenizer(
+                        self._backend.to_str(),
+                        n_vocab=self._size,
+                        eos_token=self._eos_token_ids or None,
+                    )
+                else:
+                    # No other thread runs while the library works: so it is given bytes, and not
+                    # JSON, from which it would have to make the same; in two pieces.
+                    given: Any = _Extended(self._backend, self._base, self._size)
+                    given.eos_token_id = self._eos_token_ids[0]
+                    plain = LLTokenizer(given, eos_token=self._eos_token_ids, slices=[])
+                    self._read = plain.with_slices(plain.general_slices())
             return self._read
+
+    @cached_property
+    def spellings(self) -> list[bytes]:
+        """The bytes of each token, as the library is given them."""
+        read = self.get()
+        found = [read.decode_bytes([number]) for number in range(self._backend_size)]
+        # Inside the library this byte begins special tokens: it takes the token that is nothing
+        # else for one without a text.
+        return [
+            _MARKER if not text and read.is_special_token(number) else text
+            for number, text in enumerate(found)
+        ]
+
+    @property
+    def _backend_size(self) -> int:
+        known = max(self._backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        return min(known, self._size)
 
     @cached_property
     def _special(self) -> tuple[str, ...]:
@@ -236,6 +283,39 @@ class _LazyVocabulary:
     def mentions_special(self, literals: str) -> bool:
         """Whether the text of a special token is in a grammar's literals."""
         return any(text in literals for text in self._special)
+
+
+class _Extended:
+    """A tokenizer as the library takes it from Python: a base's tokens, and some more."""
+
+    is_tokenizer_wrapper = True
+    bos_token_id = None
+
+    def __init__(self, backend: Tokenizer, base: _LazyVocabulary, size: int) -> None:
+        """size: one more than the highest token id. Tokens that there are not have no bytes."""
+        self._backend = backend
+        read, known = base.get(), len(base.spellings)
+        added = {n: t for n, t in backend.get_added_tokens_decoder().items() if known <= n < size}
+        self.tokens = [*base.spellings, *[b""] * (size - known)][:size]
+        special = {number for number in range(min(known, size)) if read.is_special_token(number)}
+        if added:
+            # Their bytes, and which of them are control tokens, the library says of a tokenizer
+            # that has no others.
+            alone = Tokenizer(BPE())
+            alone.decoder = backend.decoder
+            alone.add_tokens(list(added.values()))
+            asked = type(read)(alone.to_str(), eos_token=0, slices=[])
+            for place, number in enumerate(added):
+                self.tokens[number] = asked.decode_bytes([place])
+                if asked.is_special_token(place):
+                    special.add(number)
+        self.special_token_ids = [n for n in sorted(special) if self.tokens[n] != _MARKER]
+
+    def __call__(self, text: str) -> list[int]:
+        """The tokens of a text, as of one that goes on: without a space put before it."""
+        lead = self._backend.encode(_LEAD, add_special_tokens=False).ids
+        found: list[int] = self._backend.encode(_LEAD + text, add_special_tokens=False).ids
+        return found[len(lead) :]
 
 
 def _literals(grammar: str) -> str:

@@ -168,22 +168,31 @@ class Rank:
         self._runner.follow(message)
 
     @torch.inference_mode()
-    def fill(self, slot: int, ranks: list[int], about: EndTensors | None) -> None:
+    def fill(
+        self, slot: int, ranks: list[int], stretched: list[int], about: EndTensors | None
+    ) -> None:
         """Take an adapter, whose changes have these ranks, into a slot.
 
+        stretched: the projections of which it has gains and shifts.
         about: its ends, without the tensors' values; None if it changes nothing there.
         """
         assert self._adapters is not None
         layout = self._adapters.layout
         memory = torch.empty(layout.size(ranks), dtype=layout.dtype, device=self._device)
         self._group.broadcast(memory)
+        outputs = {
+            index: self._group.broadcast(
+                torch.empty(2, self._adapters.projections[index].all_offsets[-1])
+            )
+            for index in stretched
+        }
         ends = None
         if about is not None:
             whole = about.map(
                 lambda tensor: self._group.broadcast(torch.empty_like(tensor, device=self._device))
             )
             ends = self._adapters.own_ends(whole)
-        self._adapters.fill(slot, StagedAdapter(memory, tuple(ranks), ends=ends))
+        self._adapters.fill(slot, StagedAdapter(memory, tuple(ranks), outputs, ends))
 
     def clear(self, slot: int) -> None:
         """Let go of the adapter in a slot."""

@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -341,14 +342,16 @@ class LeadingSlots(AdapterSlots):
         try:
             whole = None if staged.ends is None else staged.ends.whole
             about = None if whole is None else whole.map(lambda tensor: tensor.to("meta"))
-            self._leading.tell("fill", slot, staged.ranks, about)
+            self._leading.tell("fill", slot, staged.ranks, list(staged.outputs), about)
             memory = staged.memory.to(self.device, non_blocking=True)
             self._leading.group.broadcast(memory)
+            for vectors in staged.outputs.values():
+                self._leading.group.broadcast(vectors)
             if whole is not None:
                 whole.map(self._leading.group.broadcast)
         except Exception as error:
             raise self._leading.cause(error) from error
-        super().fill(slot, StagedAdapter(memory, staged.ranks, ends=staged.ends))
+        super().fill(slot, replace(staged, memory=memory))
 
     def clear(self, slot: int) -> None:
         try:

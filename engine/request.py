@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from copy import copy
+from dataclasses import dataclass, field, fields
+from typing import Literal, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
+
+from nybble.engine.limits import LIMITS, OutsideLimitError
+from nybble.engine.named_arguments import named_arguments
 
 Embedding = NDArray[np.float32]
 # What is made of a prompt's final hidden states: an embedding of the last one or of their mean, or
@@ -17,7 +21,6 @@ Pooling = Literal["last", "mean", "score"]
 
 FinishReason = Literal["stop", "length"]
 
-MAX_LOGPROBS = 20
 MAX_MIXED_ADAPTERS = 8
 MAX_MIXTURE_WEIGHT = 1000.0
 
@@ -63,31 +66,64 @@ class OutOfMemoryError(RuntimeError):
     """There was no memory left to compute the request; the engine goes on with others."""
 
 
+# What other libraries call a parameter, or have instead.
+_ELSEWHERE = {
+    "beam_width": "there is no beam search",
+    "best_of": "use n, and choose among the results",
+    "detokenize": "text is always made: see Completion.token_ids for the tokens",
+    "do_sample": "temperature=0 does not sample",
+    "early_stopping": "there is no beam search",
+    "eos_token_id": "use stop_token_ids",
+    "guided_decoding": "only the server constrains the form of an answer",
+    "length_penalty": "there is no beam search",
+    "logits_processors": "custom samplers are not supported",
+    "max_completion_tokens": "use max_tokens",
+    "max_length": "use max_tokens, which does not count the prompt",
+    "max_new_tokens": "use max_tokens",
+    "min_new_tokens": "use min_tokens",
+    "num_beams": "there is no beam search",
+    "num_return_sequences": "use n",
+    "repeat_penalty": "use repetition_penalty",
+    "response_format": "only the server constrains the form of an answer",
+    "stop_sequences": "use stop",
+    "stop_strings": "use stop",
+    "structured_outputs": "only the server constrains the form of an answer",
+    "top_logprobs": "use logprobs",
+    "truncate_prompt_tokens": "cut the prompt's token ids, and give these as the prompt",
+    "typical_p": "use top_p or min_p",
+    "use_beam_search": "there is no beam search",
+}
+
+
+@named_arguments(_ELSEWHERE)
 @dataclass(frozen=True)
 class SamplingParams:
     """How tokens are chosen and when a sequence ends.
 
-    max_tokens: most tokens to generate. None for as many as the context length allows; 0 computes
-        the prompt alone.
+    :data:`nybble.engine.limits.LIMITS` has the limits of each.
+
+    n: how many sequences continue the prompt. Their seeds are counted up from ``seed``.
+    max_tokens: most tokens to generate. None (or −1) for as many as the context length allows; 0
+        computes the prompt alone.
     min_tokens: fewest tokens to generate. Until then end tokens cannot be sampled and stop strings
         are not looked for. If a grammar allows nothing but an end, the sequence still ends.
     temperature: 0 is greedy.
     top_p: nucleus sampling; 1 is off.
-    top_k: 0 is off.
+    top_k: 0 (or −1) is off.
     min_p: lowest probability, relative to the likeliest token's; 0 is off.
     repetition_penalty: divides positive and multiplies negative logits of every token in the
         prompt or output (CTRL, Keskar et al. 2019).
     presence_penalty: subtracted once from the logit of every generated token (OpenAI).
     frequency_penalty: subtracted for each time the token was generated (OpenAI).
     logit_bias: added to the logits, by token id.
-    bad_words: texts which are not generated, alone or after a space. The tokenizer's own tokens
-        for a text are blocked; the same text may still appear in other tokens.
+    bad_words: a text, or several, which are not generated, alone or after a space. The tokenizer's
+        own tokens for a text are blocked; the same text may still appear in other tokens.
     allowed_token_ids: the only tokens that may be sampled, end tokens included; None for all.
     seed: random numbers depend on it and on nothing else. The same seed gives the same text, alone
         and in any batch, if the logits are the same to the last bit: in bfloat16 on the CPU, with
         the compiled kernels, packed weights and a head_dim that is a multiple of 16. Elsewhere
         (other dtypes, GPUs) the last bits of a logit depend on the batch, which seldom changes a
-        token; see docs/running.md. None draws a seed.
+        token; see docs/running.md. None (or −1) draws a seed.
     stop: a string, or several, that end the sequence.
     stop_token_ids: tokens that end the sequence, besides the model's end tokens.
     include_stop_str_in_output: whether what ended the sequence, a stop string or an end token, is
@@ -97,12 +133,12 @@ class SamplingParams:
     shown_special_tokens: ids of special tokens that are in the text although others are left out.
     spaces_between_special_tokens: whether the decoder may put spaces between special tokens that
         follow each other, if they are not left out.
-    logprobs: how many alternatives to report per token (0–20); None for no logprobs at all.
+    logprobs: how many alternatives to report per token; None for no logprobs at all.
     logprob_token_ids: report these tokens instead of the likeliest; needs ``logprobs``.
     prompt_logprobs: like ``logprobs``, for the tokens of the prompt. The whole prompt is then
         computed, even if parts are in the prefix cache.
 
-    Raises :class:`ParameterError` for a value out of range.
+    Lists become tuples. Raises :class:`ParameterError` for a value of another type or out of range.
     """
 
     max_tokens: int | None = None
@@ -115,67 +151,54 @@ class SamplingParams:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     logit_bias: Mapping[int, float] = field(default_factory=dict)
-    bad_words: tuple[str, ...] = ()
-    allowed_token_ids: tuple[int, ...] | None = None
+    bad_words: str | Sequence[str] = ()
+    allowed_token_ids: Sequence[int] | None = None
     seed: int | None = None
     stop: str | Sequence[str] = ()
-    stop_token_ids: tuple[int, ...] = ()
+    stop_token_ids: Sequence[int] = ()
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False
     skip_special_tokens: bool = True
     shown_special_tokens: frozenset[int] = frozenset()
     spaces_between_special_tokens: bool = True
     logprobs: int | None = None
-    logprob_token_ids: tuple[int, ...] = ()
+    logprob_token_ids: Sequence[int] = ()
     prompt_logprobs: int | None = None
+    n: int = 1
 
     def __post_init__(self) -> None:
-        def require(condition: bool, parameter: str, expected: str) -> None:
-            if not condition:
-                found = getattr(self, parameter)
-                if isinstance(found, tuple):
-                    found = list(found)  # as it is written in JSON
-                raise ParameterError(parameter, f"{parameter} is {found}, expected {expected}")
-
-        require(self.max_tokens is None or self.max_tokens >= 0, "max_tokens", "0 or more")
-        require(self.min_tokens >= 0, "min_tokens", "0 or more")
+        for each in fields(self):
+            given = getattr(self, each.name)
+            if each.name not in LIMITS or (given is None and each.default is None):
+                continue
+            try:
+                taken = LIMITS[each.name].taken(given)
+            except OutsideLimitError as error:
+                raise ParameterError(each.name, f"{each.name}{error}") from None
+            if taken is not given:
+                object.__setattr__(self, each.name, taken)
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise ParameterError(
                 "min_tokens",
                 f"min_tokens is {self.min_tokens}, expected at most the {self.max_tokens} of "
                 "max_tokens",
             )
-        require(0 <= self.temperature <= 100, "temperature", "between 0 and 100")
-        require(0 < self.top_p <= 1, "top_p", "above 0 and at most 1")
-        require(self.top_k >= 0, "top_k", "0 (off) or more")
-        require(0 <= self.min_p <= 1, "min_p", "between 0 and 1")
-        require(
-            0.01 <= self.repetition_penalty <= 100, "repetition_penalty", "between 0.01 and 100"
-        )
-        require(-2 <= self.presence_penalty <= 2, "presence_penalty", "between -2 and 2")
-        require(-2 <= self.frequency_penalty <= 2, "frequency_penalty", "between -2 and 2")
-        for token, bias in self.logit_bias.items():
-            if not -100 <= bias <= 100:
-                raise ParameterError(
-                    "logit_bias",
-                    f"logit_bias of token {token} is {bias}, expected between -100 and 100",
-                )
-        if isinstance(self.stop, str):  # one, as in the HTTP API
-            object.__setattr__(self, "stop", (self.stop,))
-        require(all(self.stop), "stop", "non-empty strings")
-        require(all(map(str.strip, self.bad_words)), "bad_words", "strings with more than spaces")
-        require(self.allowed_token_ids != (), "allowed_token_ids", "at least one token id")
         if self.logprob_token_ids and self.logprobs is None:
             raise ParameterError(
                 "logprob_token_ids", "logprob_token_ids is allowed only with logprobs"
             )
-        for name in ("logprobs", "prompt_logprobs"):
-            wanted = getattr(self, name)
-            require(
-                wanted is None or 0 <= wanted <= MAX_LOGPROBS,
-                name,
-                f"between 0 and {MAX_LOGPROBS}",
-            )
+
+    def of_sequence(self, index: int) -> Self:
+        """Of one of the ``n`` sequences. The first reports the prompt's log probabilities."""
+        one = copy(self)  # which has been checked
+        changed: dict[str, int | None] = {"n": 1}
+        if self.seed is not None:
+            changed["seed"] = (self.seed + index + 2**63) % 2**64 - 2**63
+        if index:
+            changed["prompt_logprobs"] = None
+        for name, value in changed.items():
+            object.__setattr__(one, name, value)
+        return one
 
 
 class GuideError(RuntimeError):
@@ -290,7 +313,8 @@ class Request:
     pooling: if set, the output is the prompt's embedding, or its scores, instead of a continuation.
     prediction: tokens that the output probably has, from which drafts may be made.
 
-    Raises :class:`ParameterError` for a weight that is not positive and finite.
+    Raises :class:`ParameterError` for a weight that is not positive and finite, and for parameters
+    of several sequences: each is a request, with parameters by :meth:`SamplingParams.of_sequence`.
     """
 
     request_id: str
@@ -308,6 +332,8 @@ class Request:
     def __post_init__(self) -> None:
         if not 0 < self.weight < float("inf"):
             raise ParameterError("weight", f"weight is {self.weight}, expected above 0 and finite")
+        if self.params.n != 1:
+            raise ParameterError("n", f"n is {self.params.n}, but a request is one sequence")
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,9 @@ from nybble.loaders.adapter_settings import TOKENIZER
 from nybble.loaders.adapter_tokens import (
     TOKEN_FILES,
     ExtendedTokenizer,
+    OwnTokenReader,
     OwnTokens,
     TextTokenizer,
-    read_own_tokens,
 )
 
 # Tokenizers' files whose content is remembered: most adapters of a base have the same.
@@ -52,8 +52,10 @@ class Tokens:
 class AdapterTokens:
     """The tokens of adapters; those that have the same share them. May be used from any thread."""
 
-    def __init__(self, base: Tokens) -> None:
+    def __init__(self, base: Tokens, *, reads: bool) -> None:
+        """reads: whether adapters may have tokens of their own."""
         self._base = base
+        self._reader = OwnTokenReader(base.tokenizer) if reads else None
         self._read: OrderedDict[bytes, OwnTokens | None] = OrderedDict()  # by the files' content
         self._known: WeakValueDictionary[str, Tokens] = WeakValueDictionary()
         self._lock = threading.Lock()
@@ -74,7 +76,7 @@ class AdapterTokens:
                 f"the adapter has rows for {rows} tokens, but the base model's tokenizer knows "
                 f"{base.known}"
             )
-        own = None if folder is None else self._own(folder)
+        own = None if folder is None or self._reader is None else self._own(folder, self._reader)
         if own is not None:
             own = own.below(rows)
         if vocab is None and (own is None or not own.added):
@@ -85,16 +87,19 @@ class AdapterTokens:
                 found = self._known[key] = self._extended(own, rows, key)
         return found
 
-    def _own(self, folder: Path) -> OwnTokens | None:
+    def _own(self, folder: Path, reader: OwnTokenReader) -> OwnTokens | None:
+        paths = [folder / name for name in (*TOKEN_FILES, TOKENIZER)]
+        contents = [path.read_bytes() if path.is_file() else b"" for path in paths]
+        if not any(contents):
+            return None
         digest = blake2b(digest_size=16)
-        for name in (*TOKEN_FILES, TOKENIZER):
-            path = folder / name
-            content = path.read_bytes() if path.is_file() else b""
-            digest.update(len(content).to_bytes(8, "big") + content)
+        for content in contents:
+            digest.update(len(content).to_bytes(8, "big"))
+            digest.update(content)
         key = digest.digest()
         with self._lock:
             if key not in self._read:
-                self._read[key] = read_own_tokens(folder, self._base.tokenizer)
+                self._read[key] = reader.read(folder)
                 if len(self._read) > _REMEMBERED:
                     self._read.popitem(last=False)
             self._read.move_to_end(key)

@@ -25,7 +25,10 @@ else:  # it is generic in its stubs only
 
 
 class Bar(_Tqdm):
-    """tqdm's bar on a terminal; elsewhere, as in a log file, a line every ten seconds at most."""
+    """tqdm's bar on a terminal; elsewhere, as in a log file, a line every ten seconds at most.
+
+    Where the total is not known, how many are done is all that it says.
+    """
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         self._lines = not (options.get("file") or sys.stderr).isatty()
@@ -33,7 +36,6 @@ class Bar(_Tqdm):
         if self._lines:
             options |= {
                 "mininterval": _LINE_SECONDS,
-                "bar_format": "{desc}: {n_fmt}/{total_fmt}{unit}{postfix} ({elapsed})",
                 "leave": False,  # close would otherwise end the last line once more
             }
         super().__init__(*arguments, **options)
@@ -41,6 +43,8 @@ class Bar(_Tqdm):
     def display(self, msg: str | None = None, pos: int | None = None) -> None:
         if not self._lines:
             return super().display(msg, pos)
+        done = "{n_fmt}" if self.total is None else "{n_fmt}/{total_fmt}"
+        self.bar_format = f"{{desc}}: {done}{{unit}}{{postfix}} ({{elapsed}})"
         line = str(self) if msg is None else msg
         if line and line != self._shown:
             self.fp.write(f"{line}\n")

@@ -7,7 +7,13 @@ output layer.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import json
+import subprocess
+import sys
+import tempfile
+import threading
+import weakref
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,21 +22,12 @@ from typing import Any, Protocol
 from tokenizers import AddedToken, Tokenizer
 from transformers import PreTrainedTokenizerBase
 
-from nybble.loaders.adapter_settings import TOKENIZER
 from nybble.loaders.errors import AdapterError
-from nybble.loaders.json_file import read_json_object
+from nybble.loaders.token_worker import ADDED, SPECIAL, TOKENIZER_JSON
 
-TOKENIZER_JSON = "tokenizer.json"
-ADDED = "added_tokens.json"
-SPECIAL = "special_tokens_map.json"
 TOKEN_FILES = (TOKENIZER_JSON, ADDED, SPECIAL)
-# The largest known, of vocabularies of 260,000 tokens, have 34 MB.
-_MOST_BYTES = 128 << 20
-_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
-_WITHOUT = (
-    "remove the tokenizer's files from the adapter's folder, or have the server use the base "
-    "model's own (--no-lora-own-settings)"
-)
+# Run as a file, not as a module: importing the packages around it would dominate its start.
+_WORKER = Path(__file__).with_name("token_worker.py")
 
 
 class TextTokenizer(Protocol):
@@ -140,98 +137,46 @@ def add_own_tokens(tokenizer: PreTrainedTokenizerBase, own: OwnTokens) -> None:
     tokenizer.add_special_tokens(dict(own.special))
 
 
-def read_own_tokens(folder: Path, base: TextTokenizer) -> OwnTokens | None:
-    """The tokens that an adapter's tokenizer adds to the base's; None if it adds none.
+class OwnTokenReader:
+    """Finds out which tokens the tokenizers of adapters add to a base's.
 
-    Raises AdapterError if it adds any and gives other ids to the base's, or lacks some of them, and
-    for a file that is too large or is not what it should be.
+    Processes of its own read them (:mod:`nybble.loaders.token_worker`). May be used from any
+    thread; one waits for another.
     """
-    for name in (*TOKEN_FILES, TOKENIZER):
-        path = folder / name
-        if path.is_file() and path.stat().st_size > _MOST_BYTES:
-            raise AdapterError(f"{path} has over {_MOST_BYTES >> 20} MiB")
-    try:
-        added, vocabulary = _tokens(folder)
+
+    def __init__(self, base: TextTokenizer) -> None:
+        """Takes tenths of a second for a large vocabulary, in which no other thread runs."""
         known = base.backend_tokenizer.get_vocab(with_added_tokens=True)
-        new = [each for each in added.items() if each[1].content not in known]
-        if not new:
+        self._known = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115
+        json.dump(known, self._known)
+        self._known.flush()
+        weakref.finalize(self, self._known.close)
+        self._lock = threading.Lock()
+
+    def read(self, folder: Path) -> OwnTokens | None:
+        """The tokens that an adapter's tokenizer adds to the base's; None if it adds none.
+
+        Raises AdapterError if it adds any and gives other ids to the base's, or lacks some of them,
+        and for a file that is too large or is not what it should be.
+        """
+        with self._lock:
+            self._known.seek(0)
+            done = subprocess.run(
+                [sys.executable, "-I", str(_WORKER), str(folder)],
+                stdin=self._known,
+                capture_output=True,
+                check=False,
+            )
+        if done.returncode:
+            last = done.stderr.decode(errors="replace").strip().rpartition("\n")[2]
+            raise AdapterError(
+                f"the tokenizer of {folder} cannot be read: the process that reads it ended with "
+                f"exit code {done.returncode}{last and f': {last}'}"
+            )
+        found = json.loads(done.stdout)
+        if "refused" in found:
+            raise AdapterError(found["refused"])
+        if not found["added"]:
             return None
-        _require_same(folder, known, added, vocabulary)
-        special = _named(folder, known.keys() | {token.content for _, token in new})
-    except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
-        raise AdapterError(
-            f"the tokenizer of {folder} cannot be read: {error!s}; mend it, or {_WITHOUT}"
-        ) from error
-    return OwnTokens(tuple(sorted(new, key=lambda each: each[0])), special)
-
-
-def _tokens(folder: Path) -> tuple[dict[int, AddedToken], dict[str, int] | None]:
-    """The added tokens by their ids, and the vocabulary beneath them if its file can be read."""
-    path = folder / TOKENIZER_JSON
-    if path.is_file():
-        file = read_json_object(path)
-        pieces = file["model"]["vocab"]
-        if isinstance(pieces, list):  # unigrams: [piece, score]
-            pieces = {piece: number for number, (piece, _) in enumerate(pieces)}
-        return {int(each["id"]): _token(each) for each in file.get("added_tokens") or ()}, pieces
-    path = folder / TOKENIZER
-    found = read_json_object(path).get("added_tokens_decoder") if path.is_file() else None
-    if found:
-        return {int(number): _token(each) for number, each in found.items()}, None
-    path = folder / ADDED
-    named = set(_named(folder, None).values())
-    by_text = read_json_object(path) if path.is_file() else {}
-    return {
-        int(number): AddedToken(text, special=text in named, normalized=text not in named)
-        for text, number in by_text.items()
-    }, None
-
-
-def _token(entry: Mapping[str, Any]) -> AddedToken:
-    return AddedToken(
-        entry["content"], **{flag: bool(entry[flag]) for flag in _FLAGS if flag in entry}
-    )
-
-
-def _require_same(
-    folder: Path,
-    known: Mapping[str, int],
-    added: Mapping[int, AddedToken],
-    vocabulary: Mapping[str, int] | None,
-) -> None:
-    """Raises AdapterError unless all but new tokens are the base's."""
-
-    def refuse(what: str) -> AdapterError:
-        return AdapterError(
-            f"the tokenizer of {folder} {what}: an adapter's may add tokens to the base model's, "
-            f"and leaves those as they are; {_WITHOUT}"
-        )
-
-    own = {**(vocabulary or {}), **{token.content: number for number, token in added.items()}}
-    taken = dict.fromkeys(known.values())
-    for token, number in own.items():
-        if known.get(token, number) != number:
-            raise refuse(f"has {token!r} as {number}, which is {known[token]} in the base")
-        if token not in known and number in taken:
-            raise refuse(f"has {token!r} as {number}, which is another token in the base")
-    if vocabulary is not None:
-        if others := vocabulary.keys() - known.keys() - {t.content for t in added.values()}:
-            raise refuse(f"has {min(others)!r} in its vocabulary, which is not in the base's")
-        if missing := known.keys() - own.keys():
-            raise refuse(f"lacks {min(missing)!r}, which the base has")
-
-
-def _named(folder: Path, known: Iterable[str] | None) -> dict[str, str]:
-    """The tokens that the tokenizer's settings name, of those that are known."""
-    found: dict[str, str] = {}
-    known = None if known is None else set(known)
-    for name in (SPECIAL, TOKENIZER):
-        path = folder / name
-        settings = read_json_object(path) if path.is_file() else {}
-        for key, value in settings.items():
-            text = value.get("content") if isinstance(value, dict) else value
-            if not (key.endswith("_token") and isinstance(text, str)):
-                continue
-            if known is None or text in known:
-                found[key] = text
-    return found
+        added = tuple((number, AddedToken(**token)) for number, token in found["added"])
+        return OwnTokens(added, found["special"])

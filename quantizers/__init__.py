@@ -1,10 +1,10 @@
 """Full-precision models in, 4-bit checkpoints in the public layouts out."""
 
 from nybble.quantizers.checkpoint import LayerError, quantize_checkpoint
+from nybble.quantizers.divergence import merge_divergence, rounding_divergence
 from nybble.quantizers.gptq import GptqSettings
 from nybble.quantizers.in_flight import InFlight
 from nybble.quantizers.merge import MergedLayer, merge_adapter
-from nybble.quantizers.merge_divergence import merge_divergence
 
 __all__ = [
     "GptqSettings",
@@ -14,4 +14,5 @@ __all__ = [
     "merge_adapter",
     "merge_divergence",
     "quantize_checkpoint",
+    "rounding_divergence",
 ]

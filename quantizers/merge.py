@@ -27,7 +27,7 @@ from nybble.loaders import AdapterError, CheckpointError, LoRAAdapter, open_chec
 from nybble.loaders.adapter import LoRAModule
 from nybble.loaders.adapter_changes import resized
 from nybble.loaders.adapter_settings import read_own_settings
-from nybble.loaders.adapter_tokens import add_own_tokens, read_own_tokens
+from nybble.loaders.adapter_tokens import OwnTokenReader, add_own_tokens
 from nybble.loaders.checkpoint import FolderCheckpoint
 from nybble.loaders.experts import open_shards
 from nybble.loaders.formats import (
@@ -404,7 +404,7 @@ def _set_in_config(config: dict[str, Any], name: str, value: object) -> None:
 def _own_tokenizer(source: Path, folder: Path, rows: int) -> PreTrainedTokenizerBase | None:
     """The source's tokenizer with those of an adapter's tokens that have rows; None without any."""
     tokenizer = load_tokenizer(source)
-    own = read_own_tokens(folder, tokenizer)
+    own = OwnTokenReader(tokenizer).read(folder)
     if own is None or not (own := own.below(rows)).added:
         return None
     add_own_tokens(tokenizer, own)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
+import inspect
 import json
 import shutil
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,7 +34,12 @@ from nybble.loaders import AdapterError, ModelNotFoundError, open_checkpoint
 from nybble.loaders.footprint import weight_bytes
 from nybble.quantizers import packed_cache, prepare, quantize_checkpoint
 from nybble.server.lifecycle.launch import load_engine
-from nybble.server.lifecycle.options import ModelOptions, ServeOptions
+from nybble.server.lifecycle.options import (
+    AdapterOptions,
+    MemoryOptions,
+    ModelOptions,
+    ServeOptions,
+)
 from nybble.server.lifecycle.startup import Startup
 
 SMALL: dict[str, Any] = {
@@ -525,6 +533,15 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
         ({"max_num_seqs": "4"}, "max_num_seqs is '4', expected a whole number"),
         ({"max_model_len": 0}, "max_model_len is 0, expected at least 1"),
         ({"enable_lora": True, "max_loras": "8"}, "max_loras is '8', expected a whole number"),
+        ({"enable_lora": True, "lora_host_bytes": 0}, "lora_host_bytes is 0, expected at least 1"),
+        ({"enable_lora": True, "lora_device_bytes": 0}, "lora_device_bytes is 0, expected at"),
+        ({"lora_own_settings": "no"}, "lora_own_settings is 'no', expected True or False"),
+        ({"enable_lora": 1}, "enable_lora is 1, expected True or False"),
+        ({"threads": 0}, "threads is 0, expected at least 1"),
+        ({"threads": "2"}, "threads is '2', expected a whole number"),
+        ({"max_batched_tokens": 2}, "max_batched_tokens 2 is below max_num_seqs 4"),
+        ({"max_batched_tokens": 0}, "max_batched_tokens is 0, expected at least 1"),
+        ({"chat_template": "own.jinja"}, "chat_template is 'own.jinja': for a file, give its Path"),
     ],
 )
 def test_options_with_wrong_values_are_named_before_a_model_is_read(
@@ -532,6 +549,84 @@ def test_options_with_wrong_values_are_named_before_a_model_is_read(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         LLM("no-such-model", **SMALL | options)
+
+
+def test_unknown_options_are_refused_by_name_with_what_to_use_instead() -> None:
+    wrong: dict[str, Any]
+    for wrong, says in (
+        (
+            {"gpu_memory_utilization": 0.9},
+            "LLM has no 'gpu_memory_utilization': use kv_cache_bytes",
+        ),
+        ({"trust_remote_code": True}, "LLM has no 'trust_remote_code': code in a model's folder"),
+        ({"max_lora": 3}, r"LLM has no 'max_lora': did you mean max_loras\?"),
+        ({"zzz": 3}, r"LLM has no 'zzz'\. It has: model, "),
+    ):
+        with pytest.raises(TypeError, match=says):
+            LLM("no-such-model", **wrong)
+
+
+def test_every_option_of_the_server_about_the_model_is_an_option_here_or_named() -> None:
+    """So that a new flag is not forgotten."""
+    own = set(inspect.signature(LLM).parameters)
+    flags = {
+        each.name
+        for kind in (ModelOptions, MemoryOptions, AdapterOptions)
+        for each in dataclasses.fields(kind)
+    }
+    # What only a server has: names, tenants' queues, embeddings, and adapters by name.
+    servers = {"max_waiting", "max_queue_seconds", "matryoshka", "lora_root"}
+    servers |= {"lora_state", "lora_watch", "lora_source", "lora_registry", "lora_cache_dir"}
+    servers |= {"lora_cache_size", "lora_refresh_seconds"}
+    for name in flags - own - servers:
+        with pytest.raises(TypeError, match=f"LLM has no {name!r}: "):
+            LLM("no-such-model", **{name: 1})
+
+
+def test_threads_are_those_of_the_kernels(tiny_model: Callable[..., Path]) -> None:
+    program = (
+        "import torch; from nybble import LLM; "
+        f"llm = LLM({str(tiny_model())!r}, progress=False, kv_cache_bytes=1 << 20, threads=3); "
+        "runner, counts = llm._engine._runner, []; run = runner.run; "
+        "runner.run = lambda batch: counts.append(torch.get_num_threads()) or run(batch); "
+        "llm.generate('x'); print(sorted(set(counts)), torch.get_num_threads())"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=120
+    )
+    assert result.stdout.split("\n")[0] == "[3] 3", result.stderr
+
+
+def test_a_chat_template_of_ones_own(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    file = tmp_path / "own.jinja"
+    file.write_text("{{ messages[0].content }}!")
+    message = [{"role": "user", "content": "hello"}]
+    for template in (file, file.read_text()):
+        with LLM(tiny_model(), chat_template=template, **SMALL) as llm:
+            (found,) = llm.chat(message, GREEDY)
+            assert llm.tokenizer.decode(found.prompt_token_ids) == "hello!"
+
+
+def test_an_adapters_own_settings_can_be_left_alone(
+    tiny_model: Callable[..., Path], tiny_adapter: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(tiny_adapter(), tmp_path / "adapter"))
+    (folder / "chat_template.jinja").write_text("{{ messages[0]['content'] }}:")
+    options = {"enable_lora": True, "lora_own_settings": False, "lora_host_bytes": 1 << 20}
+    with LLM(tiny_model(), **options, **SMALL) as llm:
+        (found,) = llm.chat([{"role": "user", "content": "hi"}], GREEDY, adapter=folder)
+        assert llm.tokenizer.decode(found.prompt_token_ids).startswith("<|im_start|>user")
+
+
+def test_several_answers_to_a_prompt_are_beside_its_first(llm: LLM) -> None:
+    params = [SamplingParams(max_tokens=4, seed=3, n=n, temperature=2) for n in (1, 3)]
+    one, three = llm.generate([[5, 6, 7]] * 2, params)
+    assert (one.others, len(three.others)) == ((), 2)
+    assert replace(three, others=()) == one
+    seeds = [SamplingParams(max_tokens=4, seed=3 + i, temperature=2) for i in range(3)]
+    assert [one, *three.others] == llm.generate([[5, 6, 7]] * 3, seeds)
+    with pytest.raises(ParameterError, match="prompt 1: token id 99999 is outside"):
+        llm.generate([[5], [99999]], SamplingParams(n=2))
 
 
 def test_a_chat_with_an_adapter_is_in_the_adapters_own_template(

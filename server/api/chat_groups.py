@@ -77,12 +77,10 @@ class ChatGroups:
             ),
             adapter,
         )
-        id, n = f"{prefix}{uuid4().hex}", body.sequences
         group = SequenceGroup(
-            id,
+            f"{prefix}{uuid4().hex}",
             (token_ids,),
             params,
-            n,
             guide,
             adapter,
             call.tenant,

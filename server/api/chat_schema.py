@@ -11,7 +11,7 @@ from nybble.engine.conversation import turn_of
 from nybble.server.api import foreign
 from nybble.server.api.body import Body
 from nybble.server.api.format_schema import ResponseFormat
-from nybble.server.api.schema import NO_LIMIT, OF_THE_SERVICE, Sampling
+from nybble.server.api.schema import NO_LIMIT, OF_THE_SERVICE, Logprobs, Sampling
 
 MAX_TOOLS = 128
 MAX_MESSAGES = 1 << 14
@@ -192,7 +192,7 @@ class ChatRequest(Sampling, TemplateOptions):
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
     logprobs: bool | None = None
-    top_logprobs: int | None = None
+    top_logprobs: Logprobs | None = None
     max_tokens: ChatLimit | None = None
     max_completion_tokens: ChatLimit | None = None
     echo: bool | None = None  # repeat the continued last message in the answer
@@ -232,10 +232,9 @@ class ChatRequest(Sampling, TemplateOptions):
 
     @property
     def limit(self) -> int | None:
-        """The most tokens to generate; None for no limit but the context length."""
+        """The most tokens to generate; None or NO_LIMIT for as many as there is room for."""
         limits = (self.max_completion_tokens, self.max_tokens)
-        limit = next((limit for limit in limits if limit is not None), None)
-        return None if limit == NO_LIMIT else limit
+        return next((limit for limit in limits if limit is not None), None)
 
 
 class TokenizeRequest(TemplateOptions):

@@ -121,7 +121,6 @@ class Endpoints:
             f"cmpl-{uuid4().hex}",
             tuple(prompts),
             params,
-            body.sequences,
             guide,
             adapter,
             call.tenant,

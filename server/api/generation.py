@@ -35,8 +35,7 @@ _BACKGROUND_WEIGHT = 1e-4
 class SequenceGroup:
     """The sequences of one API request: ``n`` for each prompt.
 
-    Sequence ``i`` continues prompt ``i // n``. If there is a seed, sequences of the same prompt get
-    different seeds, counted up from it.
+    Sequence ``i`` continues prompt ``i // n``; ``n`` is that of its parameters.
 
     timeout: seconds the group may take.
     background: whether it takes only the room that others leave: a line of a batch.
@@ -50,7 +49,6 @@ class SequenceGroup:
     id: str
     prompts: tuple[tuple[int, ...], ...]
     params: SamplingParams
-    n: int = 1
     guide: Guide | None = None
     adapter: str | None = None
     tenant: Tenant | None = None
@@ -63,15 +61,15 @@ class SequenceGroup:
     few_at_a_time: bool = False
 
     @property
+    def n(self) -> int:
+        return self.params.n
+
+    @property
     def size(self) -> int:
         return len(self.prompts) * self.n
 
     def request(self, index: int) -> Request:
-        params = self.params
-        if params.seed is not None and self.n > 1:
-            params = replace(params, seed=params.seed + index % self.n)
-        if params.prompt_logprobs is not None and index % self.n:
-            params = replace(params, prompt_logprobs=None)  # the first sequence reports them
+        params = self.params.of_sequence(index % self.n)
         guide = None if self.guide is None else self.guide.fork()
         prompt = self.prompts[index // self.n]
         id = f"{self.id}-{index}"

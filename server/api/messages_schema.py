@@ -17,7 +17,19 @@ from nybble.server.api.chat_schema import (
     require_text,
 )
 from nybble.server.api.parse import converted
-from nybble.server.api.schema import AdapterChoice, Priority, Salt, Seed, Timeout
+from nybble.server.api.schema import (
+    AdapterChoice,
+    MinP,
+    Priority,
+    RepetitionPenalty,
+    Salt,
+    Seed,
+    Stops,
+    Temperature,
+    Timeout,
+    TopK,
+    TopP,
+)
 
 _PREFIXES_KEPT = "prefixes are kept while there is room"
 _CACHED = {"cache_control": _PREFIXES_KEPT}
@@ -285,17 +297,17 @@ class MessagesRequest(Prompted):
     }
 
     max_tokens: Annotated[int, Field(ge=1)]
-    stop_sequences: list[str] | None = None
+    stop_sequences: Stops | None = None
     stream: bool | None = None
-    temperature: float | None = None
-    top_k: int | None = None
-    top_p: float | None = None
+    temperature: Temperature | None = None
+    top_k: TopK | None = None
+    top_p: TopP | None = None
 
     # As in chat completions.
     cache_salt: Salt | None = None
-    min_p: float | None = None
+    min_p: MinP | None = None
     priority: Priority | None = None
-    repetition_penalty: float | None = None
+    repetition_penalty: RepetitionPenalty | None = None
     seed: Seed | None = None
     timeout: Timeout | None = None
 

@@ -22,12 +22,18 @@ from nybble.server.api.parse import converted
 from nybble.server.api.schema import (
     OF_THE_SERVICE,
     AdapterChoice,
+    Logprobs,
+    MinP,
     ModelName,
     OfTheService,
     Priority,
+    RepetitionPenalty,
     Salt,
     Seed,
+    Temperature,
     Timeout,
+    TopK,
+    TopP,
 )
 
 
@@ -216,12 +222,12 @@ class ResponsesRequest(OfTheService):
     max_output_tokens: Annotated[int, Field(ge=1)] | None = None
     parallel_tool_calls: bool | None = None
     stream: bool | None = None
-    temperature: float | None = None
+    temperature: Temperature | None = None
     text: TextOptions | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedFunction | None = None
     tools: Annotated[list[FunctionTool], Field(max_length=MAX_TOOLS)] | None = None
-    top_logprobs: int | None = None
-    top_p: float | None = None
+    top_logprobs: Logprobs | None = None
+    top_p: TopP | None = None
     truncation: Literal["disabled"] | None = None
 
     stream_options: dict[str, Any] | None = None  # ignored
@@ -230,12 +236,12 @@ class ResponsesRequest(OfTheService):
     adapter: AdapterChoice | None = None
     cache_salt: Salt | None = None
     chat_template_kwargs: dict[str, Any] | None = None
-    min_p: float | None = None
+    min_p: MinP | None = None
     priority: Priority | None = None
-    repetition_penalty: float | None = None
+    repetition_penalty: RepetitionPenalty | None = None
     seed: Seed | None = None
     timeout: Timeout | None = None
-    top_k: int | None = None
+    top_k: TopK | None = None
 
     @property
     def logprobs(self) -> bool:

@@ -1,7 +1,7 @@
 """The request bodies of completions and of adapters, and what completions share with chats.
 
 Every optional field may be null, as in OpenAI's API. :class:`nybble.engine.SamplingParams` checks
-the ranges of sampling parameters; its errors name the parameter.
+the limits of sampling parameters; its errors name the parameter.
 """
 
 from __future__ import annotations
@@ -13,30 +13,35 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from nybble.engine import MAX_MIXED_ADAPTERS, SamplingParams
+from nybble.engine import LIMITS, MAX_MIXED_ADAPTERS, SamplingParams
 from nybble.server.adapters.names import require_name
 from nybble.server.api import foreign
 from nybble.server.api.body import Body, JsonObject
 from nybble.server.api.format_schema import Choices, ResponseFormat, StructuredOutputs
 
 _MAX_PROMPTS = 2048  # the limit of OpenAI's embeddings
-_MAX_N = 128
-_MAX_STOPS = 16
-_MAX_STOP_LENGTH = 256
-_MAX_BIASES = 1024
 _NAMED = 8  # of what is wrong
 _MAX_ADAPTER_NAME = 256
-_MAX_WORDS = 256
-_MAX_TOKEN_IDS = 1 << 18
-_MAX_TOKEN_IDS_REPORTED = 128
 _MAX_SALT = 1024
 NO_LIMIT = -1  # no limit of tokens, in the form which llama.cpp's clients use
 _COMPLETION_MAX_TOKENS = 16  # OpenAI's default; a chat may go on to the end of the context
 
 
+def limited(parameter: str) -> Any:
+    """Shows the limits in the OpenAPI document, that SamplingParams will check."""
+    return Field(json_schema_extra=LIMITS[parameter].schema)
+
+
+Temperature = Annotated[float, limited("temperature")]
+TopP = Annotated[float, limited("top_p")]
+TopK = Annotated[int, limited("top_k")]
+MinP = Annotated[float, limited("min_p")]
+RepetitionPenalty = Annotated[float, limited("repetition_penalty")]
+Seed = Annotated[int, limited("seed")]
+Logprobs = Annotated[int, limited("logprobs")]
+Stops = Annotated[list[str], limited("stop")]
 Priority = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 Salt = Annotated[str, Field(max_length=_MAX_SALT)]
-Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 Timeout = Annotated[float, Field(gt=0)]
 _AdapterName = Annotated[str, Field(max_length=_MAX_ADAPTER_NAME)]  # in a request to it
 
@@ -58,16 +63,7 @@ AdapterChoice = _AdapterName | Mixture
 
 
 def _stops(value: Any) -> Any:
-    stops = ([value] if value else []) if isinstance(value, str) else value
-    if isinstance(stops, list):
-        if len(stops) > _MAX_STOPS:
-            raise PydanticCustomError("too_many", f"at most {_MAX_STOPS} stop strings are allowed")
-        for stop in stops:
-            if isinstance(stop, str) and len(stop) > _MAX_STOP_LENGTH:
-                raise PydanticCustomError(
-                    "too_long", f"a stop string may have at most {_MAX_STOP_LENGTH} characters"
-                )
-    return stops
+    return ([value] if value else []) if isinstance(value, str) else value
 
 
 def _biases(value: Any) -> Any:
@@ -76,8 +72,6 @@ def _biases(value: Any) -> Any:
         return None
     if not isinstance(value, dict):
         return value
-    if len(value) > _MAX_BIASES:
-        raise PydanticCustomError("too_many", f"at most {_MAX_BIASES} biases are allowed")
     wrong = [key for key in value if not (key.isascii() and key.isdigit() and len(key) < 10)]
     if wrong:
         shown = ", ".join(repr(key[:40]) for key in wrong[:_NAMED])
@@ -176,41 +170,39 @@ class Sampling(OfTheService, Truncated):
     neutral: ClassVar[dict[str, tuple[Any, ...]]] = foreign.NEUTRAL
 
     model: ModelName = ""
-    frequency_penalty: float | None = None
+    frequency_penalty: Annotated[float, limited("frequency_penalty")] | None = None
     logit_bias: Annotated[
         dict[int, float] | None,
-        BeforeValidator(_biases, json_schema_input_type=dict[str, float] | None),
+        BeforeValidator(
+            _biases,
+            json_schema_input_type=Annotated[dict[str, float], limited("logit_bias")] | None,
+        ),
     ] = None
-    max_tokens: int | None = None
-    n: Annotated[int, Field(ge=1, le=_MAX_N)] | None = None
-    presence_penalty: float | None = None
+    max_tokens: Annotated[int, limited("max_tokens")] | None = None
+    n: Annotated[int, limited("n")] | None = None
+    presence_penalty: Annotated[float, limited("presence_penalty")] | None = None
     seed: Seed | None = None
     stop: Annotated[
-        list[str] | None, BeforeValidator(_stops, json_schema_input_type=str | list[str] | None)
+        list[str] | None, BeforeValidator(_stops, json_schema_input_type=str | Stops | None)
     ] = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    temperature: float | None = None
-    top_p: float | None = None
+    temperature: Temperature | None = None
+    top_p: TopP | None = None
 
     adapter: AdapterChoice | None = None  # for clients whose model name is fixed, or mixtures
-    top_k: int | None = None
-    min_p: float | None = None
-    repetition_penalty: float | None = None
+    top_k: TopK | None = None
+    min_p: MinP | None = None
+    repetition_penalty: RepetitionPenalty | None = None
     ignore_eos: bool | None = None
-    stop_token_ids: Annotated[list[int], Field(max_length=_MAX_STOPS)] | None = None
-    min_tokens: int | None = None
-    bad_words: (
-        Annotated[
-            list[Annotated[str, Field(max_length=_MAX_STOP_LENGTH)]], Field(max_length=_MAX_WORDS)
-        ]
-        | None
-    ) = None
-    allowed_token_ids: Annotated[list[int], Field(max_length=_MAX_TOKEN_IDS)] | None = None
+    stop_token_ids: Annotated[list[int], limited("stop_token_ids")] | None = None
+    min_tokens: Annotated[int, limited("min_tokens")] | None = None
+    bad_words: Annotated[list[str], limited("bad_words")] | None = None
+    allowed_token_ids: Annotated[list[int], limited("allowed_token_ids")] | None = None
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
     spaces_between_special_tokens: bool | None = None
-    logprob_token_ids: Annotated[list[int], Field(max_length=_MAX_TOKEN_IDS_REPORTED)] | None = None
+    logprob_token_ids: Annotated[list[int], limited("logprob_token_ids")] | None = None
     add_special_tokens: bool | None = None
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
@@ -227,7 +219,7 @@ class Sampling(OfTheService, Truncated):
     regex: Annotated[str | None, BeforeValidator(_no_empty)] = None
     json_schema: Annotated[JsonObject | None, BeforeValidator(_no_empty)] = None
     timeout: Timeout | None = None
-    prompt_logprobs: int | None = None
+    prompt_logprobs: Logprobs | None = None
     # Whether the text of a special token becomes that token. The default is true for completions
     # and false for the messages of a chat.
     parse_special: bool | None = None
@@ -276,42 +268,9 @@ class Sampling(OfTheService, Truncated):
 
         Raises ParameterError naming a parameter that is out of range.
         """
-        given: dict[str, Any] = {
-            name: getattr(self, name)
-            for name in (
-                "frequency_penalty",
-                "logit_bias",
-                "presence_penalty",
-                "seed",
-                "temperature",
-                "top_p",
-                "min_p",
-                "repetition_penalty",
-                "ignore_eos",
-                "min_tokens",
-                "include_stop_str_in_output",
-                "skip_special_tokens",
-                "spaces_between_special_tokens",
-            )
-            if getattr(self, name) is not None
-        }
-        if self.top_k is not None:
-            # −1 means "off" in other servers.
-            given["top_k"] = 0 if self.top_k == -1 else self.top_k
-        if given.get("seed") == -1:  # means a random seed in other servers
-            del given["seed"]
-        if self.allowed_token_ids is not None:
-            given["allowed_token_ids"] = tuple(self.allowed_token_ids)
-        return SamplingParams(
-            max_tokens=max_tokens,
-            logprobs=logprobs,
-            prompt_logprobs=self.prompt_logprobs,
-            stop=tuple(self.stop or ()),
-            stop_token_ids=tuple(self.stop_token_ids or ()),
-            bad_words=tuple(self.bad_words or ()),
-            logprob_token_ids=tuple(self.logprob_token_ids or ()),
-            **{**defaults, **given},
-        )
+        same = LIMITS.keys() - {"max_tokens", "logprobs"}
+        given = {name: getattr(self, name) for name in same if getattr(self, name) is not None}
+        return SamplingParams(max_tokens=max_tokens, logprobs=logprobs, **{**defaults, **given})
 
 
 Prompt = str | list[int]
@@ -366,7 +325,8 @@ class CompletionRequest(Sampling):
     best_of: int | None = None
     echo: bool | None = None
     logprobs: Annotated[
-        int | None, BeforeValidator(_no_false, json_schema_input_type=int | Literal[False] | None)
+        int | None,
+        BeforeValidator(_no_false, json_schema_input_type=Logprobs | Literal[False] | None),
     ] = None
     response_format: ResponseFormat | None = None
 
@@ -382,11 +342,9 @@ class CompletionRequest(Sampling):
         return self
 
     @property
-    def limit(self) -> int | None:
-        """The most tokens to generate; None for no limit but the context length."""
-        if self.max_tokens is None:
-            return _COMPLETION_MAX_TOKENS
-        return None if self.max_tokens == NO_LIMIT else self.max_tokens
+    def limit(self) -> int:
+        """The most tokens to generate, or NO_LIMIT."""
+        return _COMPLETION_MAX_TOKENS if self.max_tokens is None else self.max_tokens
 
     @property
     def prompts(self) -> list[Prompt]:

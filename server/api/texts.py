@@ -47,13 +47,14 @@ class Texts:
         with self._lock:  # adapters are loaded on other threads
             text = self._made.get(tokens)
             if text is None:
-                prompts = self._prompts
-                if tokens.tokenizer is not self._engine.tokens.tokenizer:
+                prompts, own = self._prompts, self._engine.tokens
+                if tokens.tokenizer is not own.tokenizer:
                     prompts = prompts.with_tokenizer(tokens.tokenizer)
+                base = None if tokens is own else self._made[own].grammars
                 text = self._made[tokens] = Text(
                     prompts,
                     MarkerTokens(tokens.tokenizer),
-                    GrammarCompiler(tokens.tokenizer, tokens.rows, tokens.ends),
+                    GrammarCompiler(tokens.tokenizer, tokens.rows, tokens.ends, base=base),
                     TokenBytes(tokens.vocabulary),
                 )
             return text
@@ -61,8 +62,8 @@ class Texts:
     def _prepare(self, tokens: Tokens) -> None:
         """Read what grammars need of a vocabulary before any request has one.
 
-        That takes a second or more of a processor's time, in which the library keeps all of Python
-        waiting, streams too: better when a model or an adapter is loaded than amid requests.
+        That takes tenths of a second or more, in which the library keeps all of Python waiting,
+        streams too: better when a model or an adapter is loaded than amid requests.
         """
         try:
             self._of(tokens).grammars.read_vocabulary()

@@ -17,6 +17,7 @@ from nybble.server.cli.commands.bench import bench
 from nybble.server.cli.commands.cache import cache
 from nybble.server.cli.commands.doctor import doctor
 from nybble.server.cli.commands.evaluate import evaluate
+from nybble.server.cli.commands.evaluate_adapter import evaluate_adapter
 from nybble.server.cli.commands.finetune import finetune
 from nybble.server.cli.commands.merge import merge
 from nybble.server.cli.commands.new_key import new_key
@@ -52,6 +53,7 @@ for command in (new_key, quantize, finetune, qat):
     app.command()(command)
 app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(replicas)
 app.command("eval")(evaluate)
+app.command("eval-adapter")(evaluate_adapter)
 app.add_typer(cache, name="cache")
 
 

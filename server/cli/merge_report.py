@@ -64,7 +64,7 @@ def merge_and_report(
         calibration_ids = text_tokens(
             source, calibration.text, "calibration", calibration.samples, MERGE_CALIBRATION[1]
         )
-    measured = _measured(source, text)
+    measured = measured_text(source, text)
     layers = merge_adapter(
         source,
         adapter,
@@ -87,7 +87,7 @@ def merge_and_report(
     )
 
 
-def _measured(source: Path, text: Path | None) -> Tensor:
+def measured_text(source: Path, text: Path | None) -> Tensor:
     """The beginning of a file however short, or windows of the held-out sources."""
     if text is None:
         return text_tokens(source, None, "held-out", _TEXT_SAMPLES, _TEXT_LENGTH).flatten()

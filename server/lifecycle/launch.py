@@ -15,6 +15,7 @@ import torch
 
 from nybble.engine import Engine, EngineConfig
 from nybble.engine.adapters import require_rank
+from nybble.engine.conversation import read_template
 from nybble.engine.memory import check_memory, memory_explained
 from nybble.engine.ranks import check_ranks
 from nybble.loaders import Checkpoint, load_adapter, resolve_adapter, resolve_model
@@ -65,6 +66,11 @@ async def _load_and_serve(
     startup = Startup(bars=log_format == "text" and sys.stderr.isatty())
     sock.listen(BACKLOG)  # before the log says where
     logger.info(LogEvent("starting", {"health": f"{_origin(sock, settings)}/health"}))
+    if settings.adapter_roots and not settings.admin_keys:
+        logger.warning(
+            "--lora-root is given without --admin-key, so that nobody can load an adapter over the "
+            "API: add --admin-key KEY, or name adapters at the start with --lora-modules NAME=PATH"
+        )
 
     def load() -> tuple[Engine, Path]:
         return _load(options, config, settings, adapters, startup)
@@ -99,10 +105,19 @@ def _announce(
         f"  URL       {origin}/v1\n"
         + (f"  Page      {origin}/\n" if settings.console else "")
         + f"  KV cache  {tokens:,} tokens; a sequence may have {engine.max_model_len:,}"
-        + (f"\n  Adapters  {', '.join(adapters)}" if adapters else ""),
+        + (f"\n  Adapters  {', '.join(adapters)}" if adapters else "")
+        + (f"\n  Loading   {loading}" if (loading := _loading(settings)) else ""),
         file=sys.stderr,
         flush=True,
     )
+
+
+def _loading(settings: ServerSettings) -> str:
+    """Which adapters the API loads, and for whom; empty if none."""
+    if not (settings.adapter_roots and settings.admin_keys):
+        return ""
+    roots = ", ".join(map(str, settings.adapter_roots))
+    return f"adapters below {roots}, by POST /v1/load_lora_adapter with the admin key"
 
 
 def _load(
@@ -127,7 +142,8 @@ def load_engine(
 
     Raises ValueError and OSError for options that cannot be met, and what loading raises.
     """
-    template = _own_template(options.model.chat_template)
+    own_template = options.model.chat_template
+    template = None if own_template is None else read_template(own_template)
     device, aliases = torch.device(config.device), options.model.aliases
     draft_name = options.model.draft_model
     startup.report("Finding the model", 0, None)  # which may have to be downloaded
@@ -187,16 +203,6 @@ def load_engine(
     for name, folder in folders.items():
         engine.load_adapter(name, str(folder))
     return engine, checkpoint.folder
-
-
-def _own_template(path: Path | None) -> str | None:
-    """The template of ``--chat-template``. Raises ValueError and OSError."""
-    if path is None:
-        return None
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise ValueError(f"--chat-template {path} is not a text in UTF-8") from None
 
 
 def _origin(sock: socket, settings: ServerSettings) -> str:

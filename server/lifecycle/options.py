@@ -106,7 +106,7 @@ LoraDtypeOption = Annotated[
     Literal["auto", "int8"],
     _adapters(
         help="int8 rounds adapters to 8 bits, with a scale for each row, which halves their memory "
-        "and what a step reads of them (CPU)."
+        "and what a step reads of them (CPU); `nybble eval-adapter` measures what it costs."
     ),
 ]
 ReasoningParserOption = Annotated[
@@ -395,7 +395,7 @@ class AdapterOptions:
     lora_root: Annotated[
         list[Path] | None,
         _adapters(
-            help="Folder from which the API may load adapters, repeatable.",
+            help="Folder from which the API may load adapters (with --admin-key), repeatable.",
             exists=True,
             file_okay=False,
         ),

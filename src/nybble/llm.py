@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import os
 import re
 import threading
 import weakref
 from collections.abc import Coroutine, Iterator, Mapping, Sequence
 from contextlib import aclosing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self, TypeVar, cast
@@ -43,11 +44,13 @@ from nybble.engine.conversation import (
     ChatEncoder,
     Turn,
     chosen_template,
+    read_template,
     rendered,
     takes_parts,
     turn_of,
 )
 from nybble.engine.memory import check_memory, memory_explained
+from nybble.engine.named_arguments import named_arguments
 from nybble.engine.ranks import check_ranks
 from nybble.engine.request import FinishReason
 from nybble.kernels.progress import Bar
@@ -70,8 +73,65 @@ Conversation = Sequence[Mapping[str, Any]]
 _OPTIONS = {
     "max_rank": "max_lora_rank",
     "slots is": "max_loras is",
+    "host_bytes": "lora_host_bytes",
+    "device_bytes": "lora_device_bytes",
+    "own_settings": "lora_own_settings",
     "kv_dtype": "kv_cache_dtype",
     "dtype of adapters": "lora_dtype",
+}
+
+_ROOM = "use kv_cache_bytes, max_num_seqs and max_model_len"
+_IN_FOLDER = "the model's folder has its tokenizer and config"
+_NO_PLACE = "weights have to fit on the device"
+# What vLLM, llama-cpp-python and transformers call an option, or have instead.
+_ELSEWHERE = {
+    "adapters": "give generate(…, adapter=…) a folder or hub name",
+    "allowed_local_media_path": "models here read text only",
+    "block_size": _ROOM,
+    "config_format": _IN_FOLDER,
+    "cpu_offload_gb": _NO_PLACE,
+    "device_map": "use device",
+    "disable_log_stats": "nothing is logged; progress=False hides the bars",
+    "enable_chunked_prefill": "long prompts are always computed in chunks of max_batched_tokens",
+    "enable_prefix_caching": "prefixes are always kept while there is room",
+    "enforce_eager": "there is no compilation to leave out",
+    "gpu_memory_utilization": _ROOM,
+    "hf_overrides": _IN_FOLDER,
+    "hf_token": "huggingface_hub has it: set HF_TOKEN",
+    "kv_cache_memory": "use kv_cache_bytes, a number",
+    "kv_cache_memory_bytes": "use kv_cache_bytes",
+    "load_format": "the files show their format",
+    "load_in_4bit": 'use quantize="nf4"',
+    "lora_device_memory": "use lora_device_bytes, a number",
+    "lora_host_memory": "use lora_host_bytes, a number",
+    "lora_modules": "give generate(…, adapter=…) a folder or hub name",
+    "max_cpu_loras": "use lora_host_bytes",
+    "max_num_batched_tokens": "use max_batched_tokens",
+    "max_seq_len": "use max_model_len",
+    "model_name": "use model",
+    "model_path": "use model",
+    "n_batch": "use max_batched_tokens",
+    "n_ctx": "use max_model_len",
+    "n_gpu_layers": 'use device="cuda"',
+    "n_threads": "use threads",
+    "num_speculative_tokens": "use max_draft_tokens",
+    "pipeline_parallel_size": "use tensor_parallel_size",
+    "quantization": "the files show their format; to round a 16-bit model, use quantize",
+    "quantization_config": "the files show their format; to round a 16-bit model, use quantize",
+    "revision": "give model a folder of that revision, which huggingface_hub downloads",
+    "sampling_params": "give generate(…, params=…) them",
+    "seed": "use SamplingParams(seed=…)",
+    "served_model_name": "only a server has names for its model",
+    "skip_tokenizer_init": "give generate() token ids; the tokenizer is loaded all the same",
+    "speculative_config": "use speculate, draft_model and max_draft_tokens",
+    "speculative_model": "use draft_model",
+    "swap_space": "sequences that have to give way are computed again",
+    "task": "LLM generates; a server has /v1/embeddings, /v1/score and /v1/rerank",
+    "tokenizer": _IN_FOLDER,
+    "tokenizer_mode": _IN_FOLDER,
+    "torch_dtype": "use dtype",
+    "trust_remote_code": "code in a model's folder is never run",
+    "use_gpu": 'use device="cuda"',
 }
 
 
@@ -99,6 +159,7 @@ class Completion:
     logprobs: one for each token if ``SamplingParams.logprobs`` asked for them, else empty.
     prompt_token_ids: what the prompt was encoded to.
     prompt_logprobs: if ``SamplingParams.prompt_logprobs`` asked for them.
+    others: of the same prompt, if ``SamplingParams.n`` asked for more than one.
     """
 
     text: str
@@ -107,8 +168,10 @@ class Completion:
     logprobs: tuple[TokenLogprob, ...]
     prompt_token_ids: tuple[int, ...]
     prompt_logprobs: PromptLogprobs | None = None
+    others: tuple[Completion, ...] = ()
 
 
+@named_arguments(_ELSEWHERE)
 class LLM:
     """A model that is loaded once and asked from any thread, until it is closed.
 
@@ -125,10 +188,13 @@ class LLM:
         merge_adapter: str | Path | None = None,
         device: str = "auto",
         dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto",
+        threads: int | None = None,
         max_model_len: int | None = None,
+        chat_template: str | Path | None = None,
         kv_cache_bytes: int | None = None,
         kv_cache_dtype: Literal["auto", "int8", "fp8"] = "auto",
         max_num_seqs: int = 64,
+        max_batched_tokens: int | None = None,
         speculate: Literal["off", "ngram", "draft", "mtp", "auto"] | None = None,
         draft_model: str | Path | None = None,
         draft_quantize: Literal["nf4"] | None = None,
@@ -139,20 +205,27 @@ class LLM:
         max_loras: int = 8,
         max_lora_rank: int = 64,
         lora_dtype: Literal["auto", "int8"] = "auto",
+        lora_own_settings: bool = True,
+        lora_host_bytes: int = AdapterConfig.host_bytes,
+        lora_device_bytes: int | None = None,
         tune: bool = True,
         tensor_parallel_size: int = 1,
         progress: bool = True,
     ) -> None:
         """Load a model: a folder, a hub name, an alias, or ``demo``.
 
-        The options are those of ``nybble serve`` and have its defaults. enable_lora makes room for
-        adapters. progress shows bars on stderr while loading. A script that gives a
-        tensor_parallel_size above 1 needs ``if __name__ == "__main__":``, because the other ranks'
-        processes import it; one such LLM can be open at a time.
+        The options are those of ``nybble serve`` and have its defaults, but for max_batched_tokens,
+        which is 512 everywhere: nobody waits for other requests. Sizes are in bytes. threads are
+        those of PyTorch and the CPU kernels in the whole program, and in each of the other ranks'
+        processes; None leaves what is set. chat_template is a template's text, or the Path of a
+        file. enable_lora makes room for adapters. progress shows bars on stderr while loading. A
+        script that gives a tensor_parallel_size above 1 needs ``if __name__ == "__main__":``,
+        because the other ranks' processes import it; one such LLM can be open at a time.
 
         Raises ModelNotFoundError for a name that leads nowhere, CheckpointError and
-        UnsupportedModelError for a model that cannot be loaded, and ValueError for settings that
-        contradict each other or need more memory than there is.
+        UnsupportedModelError for a model that cannot be loaded, OSError for a template's file that
+        cannot be read, TypeError for an unknown option, and ValueError for settings that contradict
+        each other or need more memory than there is.
         """
         for name, value, expected in (
             ("quantize", quantize, (None, "nf4")),
@@ -164,6 +237,25 @@ class LLM:
                 names = ", ".join(map(str, expected))
                 raise ValueError(f"{name} is {value!r}, expected one of {names}")
         require_whole("max_num_seqs", max_num_seqs)
+        for name, flag in (
+            ("enable_lora", enable_lora),
+            ("lora_own_settings", lora_own_settings),
+            ("deterministic", deterministic),
+            ("tune", tune),
+            ("progress", progress),
+        ):
+            if not isinstance(flag, bool):
+                raise ValueError(f"{name} is {flag!r}, expected True or False")
+        if isinstance(chat_template, Path):
+            chat_template = read_template(chat_template)
+        elif chat_template is not None and "{" not in chat_template:
+            raise ValueError(f"chat_template is {chat_template!r:.60}: for a file, give its Path")
+        if threads is not None:
+            require_whole("threads", threads)
+            if threads < 1:
+                raise ValueError(f"threads is {threads}, expected at least 1")
+            os.environ["OMP_NUM_THREADS"] = str(threads)  # of processes that this one starts
+            torch.set_num_threads(threads)
         chosen = resolve_device(device)
         with _options_named():
             config = EngineConfig(
@@ -172,14 +264,23 @@ class LLM:
                 kv_cache_bytes=kv_cache_bytes,
                 kv_dtype=kv_cache_dtype,
                 max_num_seqs=max_num_seqs,
-                max_batched_tokens=max(EngineConfig.max_batched_tokens, max_num_seqs),
+                max_batched_tokens=max(EngineConfig.max_batched_tokens, max_num_seqs)
+                if max_batched_tokens is None
+                else max_batched_tokens,
                 max_model_len=max_model_len,
                 max_waiting=max_num_seqs,
                 speculate=speculate or ("off" if draft_model is None else "auto"),
                 max_draft_tokens=max_draft_tokens,
                 deterministic=deterministic,
                 activations=activations,
-                adapters=AdapterConfig(max_loras, max_lora_rank, dtype=lora_dtype)
+                adapters=AdapterConfig(
+                    max_loras,
+                    max_lora_rank,
+                    lora_host_bytes,
+                    lora_own_settings,
+                    lora_device_bytes,
+                    lora_dtype,
+                )
                 if enable_lora
                 else None,
                 tune=tune,
@@ -224,6 +325,8 @@ class LLM:
         )
         with memory_explained(checkpoint, config, draft):
             engine = Engine.load(checkpoint, config, progress, draft=draft)
+            if chat_template is not None:
+                engine.tokenizer.chat_template = chat_template
             engine.warm_up(progress)
         self.tokenizer: PreTrainedTokenizerBase = engine.tokenizer
         self._engine = engine
@@ -261,7 +364,9 @@ class LLM:
         adapter: str | Path | Sequence[str | Path | None] | None = None,
         progress: bool = False,
     ) -> list[Completion]:
-        """Continue every prompt; the completions come in the order of the prompts.
+        """Continue every prompt; the completions come in the order of the prompts, one for each. If
+        ``params.n`` asks for more, :attr:`Completion.others` has them, which are those that the
+        server gives a request with this ``n`` and seed.
 
         prompts: texts, or token ids, which are taken as they are. One alone is a list of one.
         params: for all prompts, or one for each; :attr:`default_params` if None, or what the
@@ -403,10 +508,14 @@ class LLM:
         if len(every) != count:
             raise ParameterError("params", f"params has {len(every)} entries for {count} prompts")
         requests = [
-            Request(f"offline-{next(self._numbers)}", *request)
-            for request in zip(prompts, every, [None] * count, adapters, strict=True)
+            [
+                Request(f"offline-{next(self._numbers)}", prompt, params, adapter=own)
+                for params in map(all_params.of_sequence, range(all_params.n))
+            ]
+            for prompt, all_params, own in zip(prompts, every, adapters, strict=True)
         ]
-        with Bar(total=count, desc="Generating", unit=" prompts", disable=not progress) as bar:
+        total = sum(map(len, requests))
+        with Bar(total=total, desc="Generating", unit=" answers", disable=not progress) as bar:
             return self._wait_for(self._all(requests, bar))
 
     def _adapters_of(
@@ -448,28 +557,38 @@ class LLM:
             future.cancel()
             raise
 
-    async def _all(self, requests: Sequence[Request], bar: Bar) -> list[Completion]:
-        async def one(index: int, request: Request) -> Completion:
+    async def _all(self, requests: Sequence[Sequence[Request]], bar: Bar) -> list[Completion]:
+        """A completion for each prompt; requests: of each prompt, one for each of its ``n``."""
+
+        async def one(index: int, request: Request, prompt_known: asyncio.Event) -> Completion:
+            if request is not requests[index][0]:
+                await prompt_known.wait()  # in the prefix cache
             try:
                 async with self._places:
-                    completion = await self._one(request)
+                    completion = await self._one(request, prompt_known)
             except ParameterError as error:
                 where = f"prompt {index}: " if len(requests) > 1 else ""
                 raise ParameterError(error.parameter, f"{where}{error}") from None
             bar.update()
             return completion
 
+        def several(index: int) -> list[asyncio.Task[Completion]]:
+            known = asyncio.Event()
+            return [group.create_task(one(index, each, known)) for each in requests[index]]
+
         try:
             async with asyncio.TaskGroup() as group:
-                tasks = [group.create_task(one(i, each)) for i, each in enumerate(requests)]
+                tasks = [several(index) for index in range(len(requests))]
         except ExceptionGroup as errors:
             raise errors.exceptions[0] from None
-        return [task.result() for task in tasks]
+        found = [[task.result() for task in of_prompt] for of_prompt in tasks]
+        return [replace(first, others=tuple(others)) for first, *others in found]
 
-    async def _one(self, request: Request) -> Completion:
+    async def _one(self, request: Request, begun: asyncio.Event) -> Completion:
         outputs: list[RequestOutput] = []
         async with aclosing(self._engine.generate(request)) as stream:
             async for output in stream:
+                begun.set()
                 outputs.append(output)
         reason = outputs[-1].finish_reason
         assert reason is not None

@@ -362,3 +362,22 @@ def test_switched_off_its_tokens_are_unknown(
         assert text is engine.tokenizer
     finally:
         engine.stop()
+
+
+def test_a_process_of_its_own_reads_the_files_and_says_why_it_ended(
+    engine: Engine,
+    tiny_adapter: Callable[..., Path],
+    tiny_token_adapter: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    """In this one all threads would wait. None is started for an adapter without such files."""
+    worker = tmp_path / "worker.py"
+    worker.write_text("raise MemoryError('too much')")
+    monkeypatch.setattr("nybble.loaders.adapter_tokens._WORKER", worker)
+    fresh = tiny_token_adapter(tokens=("<never>", "<plan>"))  # others' files have been read before
+    with pytest.raises(AdapterError, match="ended with exit code 1: MemoryError: too much"):
+        engine.load_adapter("fresh", str(fresh))
+    engine.load_adapter("plain", str(tiny_adapter()))
+    monkeypatch.undo()
+    assert engine.load_adapter("fresh", str(fresh)).own_tokens > 0

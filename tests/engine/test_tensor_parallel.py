@@ -22,7 +22,6 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from nybble.engine import (
     AdapterConfig,
-    AdapterError,
     Engine,
     EngineConfig,
     GrammarCompiler,
@@ -64,6 +63,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "olmoe": {**EXPERTS, "intermediate_size": 32},
     "olmo2": {},
     "cohere": {"use_qk_norm": True},
+    "qwen3": {},
     "gemma2": {"sliding_window": 24, "tie_word_embeddings": True},
     "phi3": {"pad_token_id": 0},
     "nemotron": {"hidden_act": "relu2"},
@@ -305,28 +305,78 @@ def test_adapters_own_tokens_and_ends_are_those_of_one_rank(
         assert mine == theirs, name
 
 
-def test_changes_of_norms_of_heads_are_refused_by_name(
-    model: Callable[[str], Path], tiny_mtp: ModuleType, tmp_path: Path, ranks: Ranks
+@pytest.mark.parametrize(
+    "name",
+    [
+        "olmo2",  # a norm of all heads together
+        "cohere",  # of each head
+        pytest.param("olmo3", marks=pytest.mark.slow),  # several ranks have the same KV head
+        pytest.param("qwen3", marks=pytest.mark.slow),  # the same of all heads
+    ],
+)
+def test_changes_of_norms_of_heads_are_cut_with_the_heads(
+    model: Callable[[str], Path], tiny_mtp: ModuleType, tmp_path: Path, ranks: Ranks, name: str
 ) -> None:
-    folder = model("olmo2")
-    adapter = tiny_mtp.write_tiny_adapter(tmp_path / "a", folder, modules_to_save=["k_norm"])
-    slots = AdapterConfig(slots=1)
-    with pytest.raises(AdapterError, match=r"k_norm\.weight, which tensor parallelism does not"):
-        answers(folder, ranks, [], adapters={"k": adapter}, adapter_slots=slots)
+    folder = model(name)
+    adapters = {}
+    for seed, norms in enumerate((["k_norm"], ["q_norm", "k_norm"])):
+        adapter = tiny_mtp.write_tiny_adapter(tmp_path / f"{seed}", folder, modules_to_save=norms)
+        _shake(adapter, seed)
+        adapters[f"{seed}"] = adapter
+    requests = asked(adapters=(None, *adapters))
+    slots = AdapterConfig(slots=2, max_rank=8)
+    assert_equal(folder, ranks, requests, adapters=adapters, adapter_slots=slots)
 
 
-def test_an_adapter_that_no_rank_can_apply_alone_is_refused(
-    model: Callable[[str], Path], tiny_adapter: Callable[..., Path], ranks: Ranks
+@pytest.mark.parametrize("name", ["gptq act-order", "16 bits"])
+def test_gains_and_biases_of_adapters_are_cut_along_their_outputs(
+    model: Callable[[str], Path],
+    tiny_adapter: Callable[..., Path],
+    tmp_path: Path,
+    ranks: Ranks,
+    name: str,
 ) -> None:
-    dora = tiny_adapter(use_dora=True)
-    with pytest.raises(AdapterError, match="has DoRA, which tensor parallelism does not compute"):
-        answers(
-            model("gptq act-order"),
-            ranks,
-            [],
-            adapters={"d": dora},
-            adapter_slots=AdapterConfig(slots=1),
-        )
+    """DoRA and biases, on layers that are computed together and on single ones; through two slots
+    beside a plain adapter. They change what is said."""
+    kinds: dict[str, dict[str, Any]] = {
+        "dora": {"use_dora": True},
+        "dora on some": {"use_dora": True, "target_modules": ["k_proj", "v_proj", "up_proj"]},
+        "dora and biases": {
+            "use_dora": True,
+            "bias": "all",
+            "target_modules": ["q_proj", "o_proj"],
+        },
+        "lora_bias": {"lora_bias": True},
+        "all": {"bias": "all", "target_modules": ["k_proj", "o_proj"]},
+        "plain": {},
+    }
+    adapters = {}
+    for seed, (kind, options) in enumerate(kinds.items()):
+        folder = tmp_path / kind.replace(" ", "-")
+        adapters[kind] = Path(shutil.copytree(tiny_adapter(seed=seed, **options), folder))
+        _shake(folder, seed)
+    requests = asked(adapters=(None, *adapters))
+    slots = AdapterConfig(slots=2, max_rank=8)
+    settings: dict[str, Any] = {"adapters": adapters, "adapter_slots": slots}
+    alone, _ = answers(model(name), None, requests, **settings)
+    together, _ = answers(model(name), ranks, requests, **settings)
+    for (_, _, adapter), mine, theirs in zip(requests * 2, together, alone, strict=True):
+        assert mine == theirs, adapter
+    plain, _ = answers(model(name), None, [(p, params, None) for p, params, _ in requests])
+    for (_, _, adapter), changed, base in zip(requests * 2, alone, plain, strict=True):
+        assert (changed == base) == (adapter is None), adapter
+
+
+def _shake(folder: Path, seed: int) -> None:
+    """Make an adapter's magnitudes, biases and norms far from the base's."""
+    file = folder / "adapter_model.safetensors"
+    tensors, generator = load_file(file), torch.Generator().manual_seed(seed)
+    for name, tensor in tensors.items():
+        if "magnitude" in name or "norm" in name:
+            tensor *= 0.5 + torch.rand(tensor.shape, generator=generator)
+        elif name.endswith("bias"):
+            tensor += 0.3 * torch.randn(tensor.shape, generator=generator)
+    save_file(tensors, file, {"format": "pt"})
 
 
 def test_preempted_sequences_go_on_as_with_one_rank(

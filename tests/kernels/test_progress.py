@@ -53,6 +53,14 @@ def test_a_file_has_a_line_each_time_that_has_passed(monkeypatch: pytest.MonkeyP
     assert lines[1:5] == [f"Training: {n}/4 steps, loss={n - 1}" for n in (1, 2, 3, 4)]
 
 
+def test_without_a_total_a_file_has_what_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    stderr = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", stderr)
+    list(track((index for index in range(5)), "Loading weights", True, unit="tensors"))
+    begin, end = (line.rpartition(" (")[0] for line in stderr.getvalue().splitlines())
+    assert (begin, end) == ("Loading weights: 0 tensors", "Loading weights: 5 tensors")
+
+
 def test_nothing_is_shown_where_nothing_is_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
     assert list(track(range(3), "Packing", False)) == [0, 1, 2]
     assert capsys.readouterr().err == ""

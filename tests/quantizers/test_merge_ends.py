@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -13,10 +14,17 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from nybble.engine import AdapterConfig, prompt_reader
+from nybble.engine.prompt_reader import chunked_logits
 from nybble.loaders import AdapterError, load_adapter, open_checkpoint
 from nybble.loaders.adapter_combine import combine_adapters
 from nybble.models import architecture_of
-from nybble.quantizers import merge_adapter, merge_divergence, quantize_checkpoint
+from nybble.quantizers import (
+    merge_adapter,
+    merge_divergence,
+    quantize_checkpoint,
+    rounding_divergence,
+)
 
 KINDS: dict[str, dict[str, Any]] = {
     "head": {"target_modules": ["q_proj", "lm_head"], "use_dora": True},
@@ -80,6 +88,51 @@ def test_a_4_bit_base_merged_with_calibration_says_what_both_say(
     left = merge_divergence(source, adapter, tmp_path / "merged", text.flatten(), **options)
     assert effect > 0.01
     assert left < 0.5 * effect
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "both"])
+def test_the_cost_of_8_bits_is_what_an_engine_says_differently(
+    reference: Any,
+    tiny_model: Callable[..., Path],
+    tiny_adapter: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
+) -> None:
+    """By the logits with which engines read the same text with the adapter in 16 bits and in 8."""
+    both = {"target_modules": ["q_proj"], "modules_to_save": ["lm_head", "embed_tokens"]}
+    source, folder = tiny_model(), tiny_adapter(**(KINDS | {"both": both})[kind])
+    adapter = load_adapter(folder, open_checkpoint(source).architecture)
+    text = torch.randint(3, 300, (40,), generator=torch.Generator().manual_seed(0))
+    found = rounding_divergence(source, adapter, text, length=40, dtype=torch.float32)
+    effect = merge_divergence(source, adapter, source, text, length=40, dtype=torch.float32)
+    assert found < 0.05 * effect
+    seen: list[torch.Tensor] = []
+
+    def spied(*arguments: Any) -> Any:
+        for first, logits in chunked_logits(*arguments):
+            seen.append(logits.log_softmax(-1))
+            yield first, logits
+
+    monkeypatch.setattr(prompt_reader, "chunked_logits", spied)
+    read = {}
+    for dtype in ("auto", "int8"):
+        engine = reference.start(
+            open_checkpoint(source), adapters=AdapterConfig(1, 4, dtype=dtype), max_model_len=64
+        )
+        try:
+            engine.load_adapter("a", str(folder))
+            prompt = [*text.tolist(), 5]  # of the last token nothing is reported
+            asyncio.run(
+                reference.collect(engine, "r", prompt, adapter="a", max_tokens=1, prompt_logprobs=0)
+            )
+        finally:
+            engine.stop()
+        read[dtype] = torch.cat(seen)
+        seen.clear()
+    exact, rounded = read["auto"], read["int8"]
+    assert len(exact) == len(text)
+    expected = (exact.exp() * (exact - rounded)).sum(-1).mean()
+    torch.testing.assert_close(torch.tensor(found), expected.float(), rtol=0.02, atol=1e-6)
 
 
 def test_low_rank_changes_of_the_ends_combine_as_in_peft(

@@ -150,3 +150,18 @@ def test_a_watched_folder_is_followed_under_traffic(
         assert len({base, None, *seen[1:3]}) == 4
 
     serve(tiny_model(), scenario, "--lora-watch", str(watched))
+
+
+def test_the_start_says_who_may_load_adapters(
+    tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    said = []
+    root = ("--lora-root", str(tmp_path), "--lora-state", str(tmp_path / "state.json"))
+    for options in (root, (*root, "--admin-key", "secret"), ("--admin-key", "secret")):
+        with running_server(tiny_model(), *options) as server:
+            server.terminate()
+            said.append(server.log())
+    for log, warned, told in zip(said, (True, False, False), (False, True, False), strict=True):
+        assert ("--lora-root is given without --admin-key" in log) == warned, log
+        line = f"Loading   adapters below {tmp_path}, by POST /v1/load_lora_adapter with the admin"
+        assert (line in log) == told, log

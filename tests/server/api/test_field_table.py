@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from nybble.engine import LIMITS as OF_SAMPLING
 from nybble.server.api.body import Body
 from nybble.server.api.chat_schema import ChatRequest
 from nybble.server.api.embeddings import EmbeddingRequest
@@ -53,7 +54,12 @@ ENDPOINTS: dict[str, tuple[Sequence[str], type[Body]]] = {
 }
 BEGIN, END = "<!-- fields: {} -->", "<!-- end -->"
 
-TEMPERATURE = "0 to 100 (0 to 2 in OpenAI's API)"
+MOST_N = OF_SAMPLING["n"].schema["maximum"]
+N = f"up to {MOST_N}, and no more than the server accepts at once"
+STOP = f"up to {OF_SAMPLING['stop'].schema['maxItems']}"
+LOGPROBS = f"up to {OF_SAMPLING['logprobs'].schema['maximum']}"
+HOTTEST = OF_SAMPLING["temperature"].schema["maximum"]
+TEMPERATURE = f"0 to {HOTTEST} (0 to 2 in OpenAI's API)"
 CONSTRAINTS = "json, json_object, regex, choice, grammar or structural_tag"
 PRIORITY = "among a tenant's waiting requests, the one with the lowest number is next"
 TRUNCATION = "-1: as many as leave room for the output"
@@ -91,13 +97,13 @@ LIMITS = {
     (ChatRequest, "truncate_prompt_tokens"): TRUNCATION,
     (CompletionRequest, "truncate_prompt_tokens"): TRUNCATION,
     (EmbeddingRequest, "truncate_prompt_tokens"): TRUNCATION,
-    (ChatRequest, "n"): "up to 128, and no more than the server accepts at once",
-    (ChatRequest, "stop"): "up to 16",
+    (ChatRequest, "n"): N,
+    (ChatRequest, "stop"): STOP,
     (ChatRequest, "tools"): "functions",
     (CompletionRequest, "best_of"): "equal to n, or 1",
-    (CompletionRequest, "logprobs"): "up to 20",
-    (CompletionRequest, "n"): "up to 128, and no more than the server accepts at once",
-    (CompletionRequest, "stop"): "up to 16",
+    (CompletionRequest, "logprobs"): LOGPROBS,
+    (CompletionRequest, "n"): N,
+    (CompletionRequest, "stop"): STOP,
     (EmbeddingRequest, "normalize"): "only true",
     (EmbeddingRequest, "dimensions"): "the model's own number, fewer if it was trained for that",
     (EmbeddingRequest, "prompt_name"): "of `config_sentence_transformers.json`",
@@ -121,7 +127,7 @@ LIMITS = {
     (MessagesRequest, "priority"): PRIORITY,
     (ResponsesRequest, "include"): "`message.output_text.logprobs`; the rest belongs to items that "
     "there are not",
-    (ResponsesRequest, "top_logprobs"): "up to 20; asks for log probabilities by itself too",
+    (ResponsesRequest, "top_logprobs"): f"{LOGPROBS}; asks for log probabilities by itself too",
     (ResponsesRequest, "input"): "text, function calls and their outputs, reasoning",
     (ResponsesRequest, "tools"): "functions",
     (ResponsesRequest, "truncation"): "only `disabled`",
