@@ -59,6 +59,7 @@ class Row:
     tensor_core: int
     int_to_float: int
     shared_stores: int
+    warnings: int
     loop: int
 
 
@@ -134,6 +135,7 @@ def row(case: Case) -> Row:
         tensor_core=sum(n for code, n in counts.items() if code in cubin.TENSOR_CORE),
         int_to_float=counts["I2F"] + counts["I2FP"],
         shared_stores=counts["STS"] + counts["STSM"],
+        warnings=len(report.warnings),
         loop=len(loop),
     )
 

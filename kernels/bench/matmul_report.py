@@ -17,7 +17,8 @@ after the loop. The other columns count instructions in the inner loop, over 128
 - ``half``: 16-bit float operations.
 - ``all``: all instructions; ``/weight`` is that number per weight which a thread unpacks.
 
-``parts`` counts 16-byte loads and stores of global memory outside the loop, as of parts.
+``parts`` counts 16-byte loads and stores of global memory outside the loop, as of parts. ``warn``
+counts warnings that products wait for one another.
 """
 
 from __future__ import annotations
@@ -75,6 +76,7 @@ class Row:
     loop: int
     per_weight: float
     wide_parts: int
+    warnings: int
 
 
 def quick() -> Iterator[Case]:
@@ -204,6 +206,7 @@ def row(case: Case) -> Row:
             for i in report.instructions
             if i not in loop
         ),
+        warnings=len(report.warnings),
     )
 
 
@@ -217,7 +220,7 @@ def main() -> None:
         print(
             f"{'sm':>4}{'x':>5}  {'weights':<14}{'n × m':>10}{'warps':>6}{'regs':>6}{'shared':>8}"
             f"{'local':>6}{'spill':>6}{'16B':>4}{'mma':>5}{'wait':>5}{'i2f':>4}{'sts':>4}{'bits':>5}{'half':>5}"
-            f"{'all':>5}{'/weight':>8}{'parts':>6}"
+            f"{'all':>5}{'/weight':>8}{'parts':>6}{'warn':>5}"
         )
     cases = list(quick() if arguments.quick else shipped(arguments.all))
     with ProcessPoolExecutor(cubin.COMPILERS) as pool:
@@ -232,7 +235,7 @@ def main() -> None:
                 f"{case.capability:>4}{case.dtype:>5}  {kind + ' g' + str(case.group):<14}"
                 f"{shape:>10}{max(c.num_warps, c.parts):>6}{r.registers:>6}{r.shared:>8}"
                 f"{r.local:>6}{r.spill:>6}{r.wide_copies:>4}{r.tensor_core:>5}{r.waits:>5}{r.int_to_float:>4}"
-                f"{r.shared_stores:>4}{r.bit_ops:>5}{r.half_ops:>5}{r.loop:>5}{r.per_weight:>8}{r.wide_parts:>6}",
+                f"{r.shared_stores:>4}{r.bit_ops:>5}{r.half_ops:>5}{r.loop:>5}{r.per_weight:>8}{r.wide_parts:>6}{r.warnings:>5}",
                 flush=True,
             )
 

@@ -83,6 +83,7 @@ def test_hoppers_products_do_not_wait_for_each_other(table: list[dict[str, Any]]
     assert {64, 256} <= {e["case"]["config"]["block_m"] for e in asynchronous}
     for entry in asynchronous:
         assert entry["row"]["waits"] <= entry["row"]["tensor_core"] // 2, entry
+    assert [entry for entry in table if entry["row"]["warnings"]] == []
 
 
 def test_two_blocks_of_33_to_128_rows_share_a_multiprocessor_of_hopper(
