@@ -202,6 +202,45 @@ def test_few_tokens_of_some_of_many_sequences_compile_nothing(
     assert set(gpu.launched) - warm == set()
 
 
+def test_prompts_beside_decodes_are_one_launch_before_the_output_layer(
+    gpu: Device, checkpoint: Path
+) -> None:
+    config = replace(GPU, max_num_seqs=20, max_batched_tokens=64, adapters=None)
+    engine = Engine.load(open_checkpoint(checkpoint), config, progress=False)
+    gpu.computes = False
+    engine.warm_up(progress=False)
+    gpu.computes = True
+    runner = engine._runner
+    graphs, runner_graphs = runner._mixed, runner._graphs
+    # A prompt for each of attention's kernels: many rows, a few, and one; 26 rows are padded to 32.
+    sequences = []
+    for index, (computed, count) in enumerate(((0, 17), (0, 5), (0, 3), (6, 1))):
+        new = Request(
+            "r", tuple(range(10 * index, 10 * index + computed + count)), SamplingParams()
+        )
+        sequence = Sequence(new, 1, detokenizer=None, sampler=None)  # type: ignore[arg-type]
+        sequence.block_tables = (BlockTable([2 * index, 2 * index + 1]),)
+        sequence.num_computed_tokens = computed
+        sequences.append((sequence, count))
+    batch = [ScheduledSequence.of(*each) for each in sequences]
+    found = []
+    for captured in (True, False):
+        runner.reset()
+        runner._mixed, runner._graphs = (graphs, runner_graphs) if captured else (None, None)
+        launched, submitted, replays = len(gpu.launched), gpu.submitted, gpu.replays
+        with torch.inference_mode():
+            logits = runner.run(batch).cpu()
+        kernels = [kernel for kernel, _ in gpu.launched[launched:]]
+        found.append((logits, kernels, gpu.submitted - submitted, gpu.replays - replays))
+    (by_graph, of_head, few, replayed), (eager, kernels, many, none) = found
+    assert (replayed, none) == (1, 0)
+    torch.testing.assert_close(by_graph, eager, rtol=2e-2, atol=2e-2)
+    assert {"prefill_kernel", "decode_kernel", "rotary_store_kernel"} <= set(kernels)
+    assert of_head == kernels[-len(of_head) :]
+    assert not {"prefill_kernel", "decode_kernel", "rotary_store_kernel"} & set(of_head)
+    assert few < many - len(kernels) + len(of_head)
+
+
 def test_inputs_wait_for_the_copy_of_those_before_where_no_sample_has(
     gpu: Device, checkpoint: Path
 ) -> None:
@@ -245,6 +284,7 @@ def test_a_step_without_memory_costs_one_request(
 ) -> None:
     config = replace(GPU, adapters=None)
     with running(checkpoint, config) as engine:
+        engine._runner._mixed = None  # as of more rows than are captured with the memory they need
         gpu.total = gpu.allocated + (4 << 10)  # too little for a prompt, enough for a replay
         (failed,) = ask(engine, [request("long", 40, 30)])
         gpu.total = 64 << 20
