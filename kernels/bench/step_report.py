@@ -316,7 +316,7 @@ def _fixed_order(kind: str, capability: int) -> Row:
     numbers = ("rows", "out_features", "columns", "groups", "parts", "steps_each")
     constants |= {
         "DENSE": dense,
-        "CODEBOOK": "codebook" in kind,
+        "CODES": "codebook" if "codebook" in kind else "integer",
         "HAS_ZEROS": "zeros" in kind,
         "HAS_BIAS": True,
         "GATED": gated,

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from nybble.kernels import PackedWeight
-from nybble.kernels.packed import INTEGER_LEVELS, SYMMETRIC_LEVELS, pack_nibbles
+from nybble.kernels.packed import E2M1_LEVELS, INTEGER_LEVELS, SYMMETRIC_LEVELS, pack_nibbles
 from nybble.kernels.triton import eight_bits, unpack
 from nybble.kernels.triton.unpack import codebook_table
 
@@ -84,6 +84,16 @@ def test_affine_words_unpack_to_code_minus_eight(
 def test_codebook_words_unpack_to_their_levels(dtype: torch.dtype, seed: int) -> None:
     weight = one_tile(LEVELS, seed)
     found = operands(unpack.CODEBOOK.value, weight, dtype, *byte_tables(LEVELS, dtype))
+    assert torch.equal(found.view(torch.int16), weight.dequantize(dtype).view(torch.int16))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("seed", range(8))
+def test_words_of_4_bit_floats_unpack_to_these(dtype: torch.dtype, seed: int) -> None:
+    weight = one_tile(E2M1_LEVELS, seed)
+    assert weight.code_kind == "e2m1"
+    asm = unpack.E2M1_F16 if dtype == torch.float16 else unpack.E2M1_BF16
+    found = operands(asm.value, weight, dtype)
     assert torch.equal(found.view(torch.int16), weight.dequantize(dtype).view(torch.int16))
 
 
