@@ -1,7 +1,11 @@
-"""CUDA graphs of decode and verify steps: one launch instead of hundreds, for a few sizes.
+"""CUDA graphs of steps: one launch instead of hundreds, for a few sizes.
 
 A step that verifies drafts computes several rows of each sequence. Its graph is for as many rows of
 every sequence: those of shorter drafts are padded, which costs little where rows are few.
+
+A small step that computes a part of a prompt, alone or beside decodes, has a graph by its number of
+rows. Its sequences may have any of them, because kernels find their work in the batch. Which rows
+are sampled differs from step to step, so that such a graph ends with the hidden states.
 """
 
 from __future__ import annotations
@@ -10,7 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
 from functools import partial
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -49,6 +53,25 @@ class StepShape:
     @property
     def rows(self) -> int:
         return self.seqs * self.width
+
+
+@dataclass(frozen=True)
+class MixedShape:
+    """A captured step of ``rows`` rows, of which each of ``seqs`` sequences has any number."""
+
+    seqs: int
+    rows: int
+
+
+# Products of rows between two of these take as long as those of the greater. Above the last one,
+# computing a step takes longer than to launch its kernels one by one.
+_MIXED_ROWS = (16, 32, 64, 128, 256)
+
+
+def mixed_shapes(max_num_seqs: int, max_batched_tokens: int) -> list[MixedShape]:
+    """Steps of prompts and decodes to capture: of few numbers of rows, or the most of a step."""
+    sizes = sorted({min(rows, max_batched_tokens) for rows in _MIXED_ROWS})
+    return [MixedShape(min(max_num_seqs, rows), rows) for rows in sizes]
 
 
 def verify_shapes(max_num_seqs: int, max_draft_tokens: int) -> list[StepShape]:
@@ -93,26 +116,36 @@ class AdapterUse(Enum):
     ON_EXPERTS = auto()  # on experts too
 
 
-class DecodeGraphs:
+class Shape(Protocol):
+    """What graphs differ in, beside the adapters that they apply. Can be hashed."""
+
+    @property
+    def rows(self) -> int: ...
+
+
+AnyShape = TypeVar("AnyShape", bound=Shape)
+
+
+class StepGraphs(Generic[AnyShape]):
     """Graphs by the shape of the step and the adapters that they apply.
 
     inputs_for: ``inputs_for(shape, use)`` builds padded inputs, at the same memory addresses every
         time for the same shape.
-    compute: ``compute(inputs, use)`` turns inputs into logits ``(rows, vocab)``.
+    compute: ``compute(inputs, use)`` turns inputs into what :meth:`run` returns.
     uses: what to capture graphs for.
     """
 
     def __init__(
         self,
         capture: Capture,
-        shapes: Iterable[StepShape],
-        inputs_for: Callable[[StepShape, AdapterUse], StepInputs],
+        shapes: Iterable[AnyShape],
+        inputs_for: Callable[[AnyShape, AdapterUse], StepInputs],
         compute: Callable[[StepInputs, AdapterUse], Tensor],
         *,
         uses: Sequence[AdapterUse],
         progress: Progress = True,
     ) -> None:
-        self._graphs: dict[tuple[StepShape, AdapterUse], tuple[Replay, Tensor]] = {}
+        self._graphs: dict[tuple[AnyShape, AdapterUse], tuple[Replay, Tensor]] = {}
         # The largest first: smaller graphs then reuse its memory in the pool.
         largest_first = sorted(shapes, key=lambda shape: shape.rows, reverse=True)
         todo = [(shape, use) for shape in largest_first for use in uses]
@@ -120,26 +153,39 @@ class DecodeGraphs:
             inputs = inputs_for(shape, use)
             self._graphs[shape, use] = capture(partial(compute, inputs, use))
 
-    def shape_for(self, seqs: int, width: int, use: AdapterUse) -> StepShape | None:
-        """The captured shape with fewest rows that takes so many sequences and rows of each.
-
-        A step of one row each takes no shape of more: its attention is another kernel's. None if
-        there is no such shape.
-        """
-        fitting = (
-            shape
-            for shape, kind in self._graphs
-            if kind == use
-            and shape.seqs >= seqs
-            and (shape.width >= width if width > 1 else shape.width == 1)
-        )
+    def smallest(self, use: AdapterUse, fits: Callable[[AnyShape], bool]) -> AnyShape | None:
+        """The captured shape with fewest rows that fits; None if none does."""
+        fitting = (shape for shape, kind in self._graphs if kind == use and fits(shape))
         return min(fitting, key=lambda shape: shape.rows, default=None)
 
-    def run(self, shape: StepShape, use: AdapterUse) -> Tensor:
-        """Logits ``(rows, vocab)`` for the inputs last built for this shape.
+    def run(self, shape: AnyShape, use: AdapterUse) -> Tensor:
+        """What is computed of the inputs last built for this shape.
 
-        The next run overwrites them.
+        The next run overwrites it.
         """
         graph, out = self._graphs[shape, use]
         graph.replay()
         return out
+
+
+class DecodeGraphs(StepGraphs[StepShape]):
+    """Steps whose sequences have one row each, or the rows of drafts. They compute logits."""
+
+    def shape_for(self, seqs: int, width: int, use: AdapterUse) -> StepShape | None:
+        """The smallest captured shape that takes so many sequences and rows of each.
+
+        A step of one row each takes no shape of more: its attention is another kernel's.
+        """
+
+        def fits(shape: StepShape) -> bool:
+            return shape.seqs >= seqs and (shape.width >= width if width > 1 else shape.width == 1)
+
+        return self.smallest(use, fits)
+
+
+class MixedGraphs(StepGraphs[MixedShape]):
+    """Steps whose sequences have any rows. They compute hidden states."""
+
+    def shape_for(self, rows: int, use: AdapterUse) -> MixedShape | None:
+        """The smallest captured shape of so many rows."""
+        return self.smallest(use, lambda shape: shape.rows >= rows)

@@ -89,7 +89,7 @@ class StepMessage:
     data: the bytes of all inputs but the block tables.
     blocks_at, blocks: the entries of the block tables that have changed, and what they are now.
     padded_to: sequences that the batch is padded to, whose graph is run; 0 if it is not. width: the
-        rows of each of them.
+        rows of each of them. rows: those of all, if each has as many as it computes; otherwise 0.
     reads: the first row and the number of rows of which prompt readers want all logits.
     """
 
@@ -99,6 +99,7 @@ class StepMessage:
     blocks: list[int]
     padded_to: int
     width: int
+    rows: int
     reads: list[tuple[int, int]]
 
 
@@ -177,6 +178,7 @@ class InputBuffers:
         lora_slots: Several[int] | None = None,
         pad_to: int = 0,
         width: int = 1,
+        pad_rows: int = 0,
     ) -> StepInputs:
         """The inputs of a scheduled batch.
 
@@ -186,12 +188,14 @@ class InputBuffers:
             that have no context. Logits are then wanted of every row.
         width: the rows to which each sequence is padded then, behind its own. What pads the batch
             writes nothing.
+        pad_rows: for any batch, the rows to pad it to, behind all sequences. Those that pad it to
+            ``pad_to`` have none then, and logits are wanted of the rows that are sampled.
         """
         if self._sent is not None:
             self._sent.synchronize()
         updates = self._update_tables(batch)
         seqs = max(len(batch), pad_to)
-        counts = np.full(seqs, width, np.int64)
+        counts = np.full(seqs, 0 if pad_rows else width, np.int64)
         starts = np.zeros(seqs, np.int64)
         padded = width > 1
         token_ids: list[int] = []
@@ -202,7 +206,7 @@ class InputBuffers:
                 token_ids += [0] * (width - item.num_tokens)
             else:
                 counts[row] = item.num_tokens
-        tokens = int(counts.sum())
+        tokens = pad_rows or int(counts.sum())
         places, used = _layout(tokens, seqs, self._groups, self._states)
 
         def array(name: str) -> NDArray[Any]:
@@ -219,11 +223,14 @@ class InputBuffers:
         context_lens = array("context_lens")
         context_lens[:] = starts + counts
         context_lens[len(batch) :] = 0
-        if tokens == seqs:
+        if tokens == seqs and not pad_rows:
             rows, positions = np.arange(seqs), starts
         else:
             rows = np.repeat(np.arange(seqs), counts)
-            positions = np.arange(tokens) - query_start[rows] + starts[rows]
+            positions = np.arange(len(rows)) - query_start[rows] + starts[rows]
+            if pad_rows:
+                rows = np.pad(rows, (0, tokens - real))
+                positions = np.pad(positions, (0, tokens - real))
         array("positions")[:] = positions
         slots = array("slot_mapping").reshape(self._groups, tokens)
         blocks = self._tables[:, rows, positions // self.block_size].astype(np.int64)
@@ -233,7 +240,7 @@ class InputBuffers:
             own = np.fromiter((item.num_tokens for item in batch), np.int64, len(batch))
             behind = np.arange(real) % width >= own[np.arange(real) // width]
             slots[:, :real][:, behind] = -1
-        if pad_to:
+        if pad_to and not pad_rows:
             last = np.arange(tokens)
         else:
             logits = np.fromiter((item.num_logits for item in batch), np.int64, len(batch))
@@ -250,14 +257,15 @@ class InputBuffers:
             active = np.zeros(seqs, np.int64)
             active[: len(batch)] = [item.sequence.adapter_start or 0 for item in batch]
             in_use = np.where(positions >= active[rows], of_sequence[rows], -1).astype(np.int32)
+            in_use[real:] = -1
             if pad_to or (in_use >= 0).any():
                 groups = _group(in_use, array, padded=pad_to > 0)
-        # Where each has one, as in every graph, nobody needs to know the rows.
-        each = None if tokens == seqs else tuple(counts.tolist())
-        size = (tokens, seqs, len(last), int(counts.max()), groups, each)
+        # Where each has one, nobody needs to know the rows, and nobody can if they change.
+        each = None if tokens == seqs or pad_rows else tuple(counts.tolist())
+        size = (tokens, seqs, len(last), pad_rows or int(counts.max()), groups, each)
         if self.tell is not None and batch:
             data, reads = self._bytes[:used].tobytes(), _reads(batch, query_start)
-            self.tell(StepMessage(size, data, *updates, pad_to, width, reads))
+            self.tell(StepMessage(size, data, *updates, pad_to, width, pad_rows, reads))
         if self._sent is not None:
             self._device[:used].copy_(self._host[:used], non_blocking=True)
             self._sent.record()

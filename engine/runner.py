@@ -16,9 +16,12 @@ from nybble.engine.graphs import (
     AdapterUse,
     Capture,
     DecodeGraphs,
+    MixedGraphs,
+    MixedShape,
     StepShape,
     bucket_sizes,
     cuda_capture,
+    mixed_shapes,
     verify_shapes,
 )
 from nybble.engine.inputs import InputBuffers, StepInputs, StepItem, StepMessage
@@ -120,6 +123,7 @@ class ModelRunner:
             states=bool(self.states),
         )
         self._graphs: DecodeGraphs | None = None
+        self._mixed: MixedGraphs | None = None
         self.captured: Tensor | None = None
         self._in_graphs: Tensor | None = None  # where graphs leave what they capture
 
@@ -132,44 +136,62 @@ class ModelRunner:
         """
         lora_slots = [item.sequence.adapter_slot for item in batch]
         adapted = any(slot >= 0 for slot in lora_slots)
+        slots = lora_slots if adapted else None
         use = self._adapter_use(adapted)
         if self._graphs is not None and (shape := self._captured_shape(batch, use)) is not None:
-            slots = lora_slots if adapted else None
             self._inputs.build(batch, slots, pad_to=shape.seqs, width=shape.width)
             logits = self._graphs.run(shape, use)
-            rows = self._rows_in(batch, shape)
-            self.captured = None if self._in_graphs is None else self._in_graphs[rows]
-            return logits[rows]
-        inputs = self._inputs.build(batch, lora_slots if adapted else None)
-        adapters = self._step_adapters(inputs)
-        captured: list[Tensor] = []
-        hidden = self._forward(inputs, adapters, captured)
-        self.captured = torch.cat(captured, dim=-1) if captured else None
-        ends = None if adapters is None else adapters.ends
+            own_rows = self._rows_in(batch, shape)
+            self.captured = None if self._in_graphs is None else self._in_graphs[own_rows]
+            return logits[own_rows]
+        rows = sum(item.num_tokens for item in batch)
+        mixed = None if self._mixed is None else self._mixed.shape_for(rows, use)
+        if mixed is None:
+            inputs = self._inputs.build(batch, slots)
+        else:
+            inputs = self._inputs.build(batch, slots, pad_to=mixed.seqs, pad_rows=mixed.rows)
+        hidden, ends = self._hidden(inputs, rows, mixed, use)
         row = 0
         for item in batch:
             if item.prompt_reader is not None:
-                rows = slice(row, row + item.num_tokens)
-                own = None if ends is None else ends.of(torch.arange(rows.start, rows.stop))
-                item.prompt_reader.read(self.decoder, hidden[rows], item.start, own)
+                stop = row + item.num_tokens
+                own = None if ends is None else ends.of(torch.arange(row, stop))
+                item.prompt_reader.read(self.decoder, hidden[row:stop], item.start, own)
             row += item.num_tokens
         return self._logits(hidden, inputs, ends)
 
     def follow(self, message: StepMessage) -> None:
         """Compute this rank's part of a step that :meth:`run` computes at rank 0."""
         inputs = self._inputs.follow(message)
-        if message.padded_to and self._graphs is not None:
-            shape = StepShape(message.padded_to, message.width)
-            self._graphs.run(shape, self._adapter_use(inputs.lora is not None))
+        use = self._adapter_use(inputs.lora is not None)
+        if message.padded_to and not message.rows and self._graphs is not None:
+            self._graphs.run(StepShape(message.padded_to, message.width), use)
             return
-        adapters = self._step_adapters(inputs)
-        ends = None if adapters is None else adapters.ends
-        hidden = self._forward(inputs, adapters)
+        mixed = MixedShape(message.padded_to, message.rows) if message.rows else None
+        hidden, ends = self._hidden(inputs, len(inputs.token_ids), mixed, use)
         for first, count in message.reads:
             own = None if ends is None else ends.of(torch.arange(first, first + count))
             for _ in chunked_logits(self.decoder, hidden[first : first + count], own):
                 pass
         self._logits(hidden, inputs, ends)
+
+    def _hidden(
+        self, inputs: StepInputs, rows: int, mixed: MixedShape | None, use: AdapterUse
+    ) -> tuple[Tensor, StepEnds | None]:
+        """Hidden states of the first rows, and what adapters change at the ends.
+
+        mixed: the graph that computes them; None for none.
+        """
+        if mixed is not None:
+            assert self._mixed is not None
+            hidden = self._mixed.run(mixed, use)[:rows]
+            self.captured = None if self._in_graphs is None else self._in_graphs[:rows]
+            return hidden, None  # adapters on a GPU change nothing there
+        adapters = self._step_adapters(inputs)
+        captured: list[Tensor] = []
+        hidden = self._forward(inputs, adapters, captured)
+        self.captured = torch.cat(captured, dim=-1) if captured else None
+        return hidden, None if adapters is None else adapters.ends
 
     def _captured_shape(self, batch: Sequence[StepItem], use: AdapterUse) -> StepShape | None:
         """The graph that computes a step: one of decodes and of sequences that verify drafts."""
@@ -287,11 +309,15 @@ class ModelRunner:
     def capture(
         self, capture: Capture, progress: Progress = True, sizes: Sequence[int] | None = None
     ) -> None:
-        """Decode from graphs made by ``capture`` from now on, of the usual batch sizes or these.
+        """Compute steps by graphs made by ``capture`` from now on.
 
-        Steps that verify drafts are captured too, unless layers keep states: what those compute of
-        a sequence with drafts is another sequence of launches for every batch.
+        Those that decode, of the usual batch sizes or these. Unless layers keep states also those
+        that verify drafts, and if there are no ``sizes`` those of prompts: what such layers compute
+        of them is another sequence of launches for every batch.
         """
+        mixed = []
+        if sizes is None and not self.states:
+            mixed = mixed_shapes(self._max_num_seqs, self._max_batched_tokens)
         sizes = bucket_sizes(self._max_num_seqs) if sizes is None else sizes
         shapes = [*map(StepShape, sizes), *self._verify_shapes]
         most = max(shape.rows for shape in shapes)
@@ -300,13 +326,18 @@ class ModelRunner:
         logits = torch.empty(most, self.decoder.architecture.vocab, device=self.device)
         if captures := self.decoder.captures:
             width = len(captures) * self.decoder.architecture.hidden
+            most = max([most, *(shape.rows for shape in mixed)])
             self._in_graphs = torch.empty(most, width, dtype=self._dtype, device=self.device)
 
-        def compute(inputs: StepInputs, use: AdapterUse) -> Tensor:
+        def hidden_of(inputs: StepInputs, use: AdapterUse) -> Tensor:
             captured: list[Tensor] = []
             hidden = self._forward(inputs, self._step_adapters(inputs, use), captured)
             if self._in_graphs is not None:
                 self._in_graphs[: len(hidden)].copy_(torch.cat(captured, dim=-1))
+            return hidden
+
+        def compute(inputs: StepInputs, use: AdapterUse) -> Tensor:
+            hidden = hidden_of(inputs, use)
             return logits[: len(inputs.last_rows)].copy_(self._logits(hidden, inputs))
 
         self._graphs = DecodeGraphs(
@@ -316,6 +347,19 @@ class ModelRunner:
                 [], None if use == AdapterUse.NONE else [], pad_to=shape.seqs, width=shape.width
             ),
             compute,
+            uses=self._adapter_uses,
+            progress=progress,
+        )
+        self._mixed = MixedGraphs(
+            capture,
+            mixed,
+            lambda shape, use: self._inputs.build(
+                [],
+                None if use == AdapterUse.NONE else [],
+                pad_to=shape.seqs,
+                pad_rows=shape.rows,
+            ),
+            hidden_of,
             uses=self._adapter_uses,
             progress=progress,
         )

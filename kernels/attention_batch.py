@@ -54,6 +54,12 @@ class AttentionBatch:
             return any(fewest <= rows and (most is None or rows <= most) for rows in self.rows)
         return fewest <= self.max_query
 
+    def longer_than(self, rows: int, tokens: int) -> int:
+        """How many sequences may have more than ``rows`` rows, of ``tokens`` rows together."""
+        if self.rows is not None:
+            return sum(own > rows for own in self.rows)
+        return min(self.context_lens.shape[0], tokens // (rows + 1))
+
     def part(self, first: int, last: int) -> AttentionBatch:
         """Sequences ``first`` … ``last − 1``, whose rows remain where they are."""
         return replace(

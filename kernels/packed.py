@@ -12,6 +12,7 @@ format              ``levels``              ``zeros``
 GPTQ asym, AWQ      0, 1, …, 15             per group, real numbers
 GPTQ sym            −8, −7, …, 7            absent
 NF4, FP4            the 16-entry codebook   absent; scale is absmax
+MXFP4, NVFP4        4-bit floats (e2m1)     absent
 ==================  ======================  =========================
 
 Stored column ``k`` multiplies input feature ``perm[k]``: act-order checkpoints (GPTQ's ``g_idx``)
@@ -35,10 +36,12 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from nybble.kernels.layout import Layout, from_rows, padded_shape, tile_rows, to_rows
+from nybble.kernels.layout import CodeKind, Layout, from_rows, padded_shape, tile_rows, to_rows
 
 INTEGER_LEVELS = torch.arange(16, dtype=torch.float32)
 SYMMETRIC_LEVELS = INTEGER_LEVELS - 8
+_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+E2M1_LEVELS = torch.tensor([*_E2M1, *(-level for level in _E2M1)])
 
 _SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.uint8)
 
@@ -165,6 +168,13 @@ class PackedWeight:
         return self.level_values == tuple(range(first, first + 16))
 
     @cached_property
+    def code_kind(self) -> CodeKind:
+        """What the codes are; the first call waits for the device."""
+        if self.is_affine:
+            return "integer"
+        return "e2m1" if self.level_values == tuple(E2M1_LEVELS.tolist()) else "codebook"
+
+    @cached_property
     def has_two_digits(self) -> bool:
         """Whether this is an 8-bit weight as two planes of digits, side by side along the columns.
 
@@ -190,9 +200,9 @@ class PackedWeight:
             return self
         out, columns, groups = self.out_features, self.columns, self.groups
         qweight, scales, zeros = to_rows(
-            self.layout, self.qweight, self.scales, self.zeros, out, columns, groups, self.is_affine
+            self.layout, self.qweight, self.scales, self.zeros, out, columns, groups, self.code_kind
         )
-        qweight, scales, zeros = from_rows(layout, qweight, scales, zeros, self.is_affine)
+        qweight, scales, zeros = from_rows(layout, qweight, scales, zeros, self.code_kind)
         return replace(self, qweight=qweight, scales=scales, zeros=zeros, layout=layout)
 
     def to(self, device: torch.device) -> PackedWeight:

@@ -18,10 +18,13 @@ from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
 from triton.compiler import ASTSource
 
 _INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P[T\d]+\s+)?([A-Z][\w.]*)(.*?);")
 _TARGET = re.compile(r"0x([0-9a-f]+)\s*$")
+# What ptxas says when it makes asynchronous products wait for one another.
+_SERIALIZED = re.compile(r".*\(C75\d\d\).*")
 _RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+).*?LOCAL:(\d+)")
 # Processes that compile at once; each takes some 600 MB.
 COMPILERS = min(4, os.cpu_count() or 1)
@@ -44,6 +47,7 @@ class Report:
     registers: per thread.
     shared: bytes a block takes.
     local: bytes of stack and local memory a thread takes, 0 if nothing was spilled.
+    warnings: of ptxas, that it makes Hopper's products wait for one another.
     """
 
     registers: int
@@ -51,6 +55,7 @@ class Report:
     local: int
     instructions: tuple[Instruction, ...]
     ptx: str
+    warnings: tuple[str, ...]
 
     def count(self, *prefixes: str) -> int:
         """Instructions whose opcode begins with one of ``prefixes``."""
@@ -134,9 +139,23 @@ def compile_kernel(
         Instruction(int(address, 16), opcode, operands.strip())
         for address, opcode, operands in _INSTRUCTION.findall(sass)
     )
-    return Report(
-        registers, compiled.metadata.shared, stack + local, instructions, compiled.asm["ptx"]
-    )
+    ptx = compiled.asm["ptx"]
+    warnings = _warnings(ptx, capability) if "wgmma" in ptx else ()
+    return Report(registers, compiled.metadata.shared, stack + local, instructions, ptx, warnings)
+
+
+def _warnings(ptx: str, capability: int) -> tuple[str, ...]:
+    """Assembles it once more: Triton keeps what ptxas said to itself, and is silent if it knows the
+    result already."""
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(ptx)
+        file.flush()
+        arch = sm_arch_from_capability(capability)
+        command = [get_ptxas(capability).path, "-v", f"--gpu-name={arch}", file.name]
+        done = subprocess.run(
+            [*command, "-o", os.devnull], check=True, capture_output=True, text=True
+        )
+    return tuple(_SERIALIZED.findall(done.stdout + done.stderr))
 
 
 def _disassemble(cubin: bytes) -> tuple[str, str]:

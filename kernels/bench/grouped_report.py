@@ -15,6 +15,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 
 from nybble.kernels.bench import cubin
+from nybble.kernels.layout import CodeKind
 from nybble.kernels.triton.grouped import DENSE_STEP, block_sizes, grouped_kernel
 from nybble.kernels.triton.grouped_few_rows import (
     BLOCK_N,
@@ -32,7 +33,7 @@ PLACES = (0, 100, 4000, 8000)
 class Case:
     """One compilation.
 
-    codebook: of MXFP4, whose scales are exponents.
+    codes: see :data:`nybble.kernels.layout.CodeKind`; the scales of e2m1 are exponents, as MXFP4's.
     group: columns of a scale; 0 for 16-bit weights.
     up: gate and up, as they are stored, from one input for all experts of a row; otherwise down,
         whose results are weighted.
@@ -40,7 +41,7 @@ class Case:
 
     capability: int
     dtype: str
-    codebook: bool
+    codes: CodeKind
     zeros: bool
     group: int
     up: bool
@@ -59,12 +60,18 @@ class Row:
     tensor_core: int
     int_to_float: int
     shared_stores: int
+    warnings: int
     loop: int
 
 
 def cases(quick: bool) -> Iterator[Case]:
     """quick: few of each kind."""
-    kinds = (("bf16", False, False, 128), ("fp16", False, True, 32), ("bf16", True, False, 32))
+    kinds: tuple[tuple[str, CodeKind, bool, int], ...] = (
+        ("bf16", "integer", False, 128),
+        ("fp16", "integer", True, 32),
+        ("bf16", "e2m1", False, 32),
+        ("bf16", "codebook", False, 64),
+    )
     for capability, places in itertools.product(CAPABILITIES, PLACES):
         if quick and (places in (100, 4000) or (places and capability != 90)):
             continue
@@ -75,14 +82,14 @@ def cases(quick: bool) -> Iterator[Case]:
                 yield Case(capability, *kind, up, *sizes)
         # 16-bit weights have no kernel for few rows.
         if places:
-            yield Case(capability, "bf16", False, False, 0, True, *block_sizes(places, 128))
+            yield Case(capability, "bf16", "integer", False, 0, True, *block_sizes(places, 128))
 
 
 def compiled(case: Case) -> cubin.Report:
     types = {
         "x": "*" + case.dtype,
         "matrices": "*i16" if case.group else "*" + case.dtype,
-        "scales": "*u8" if case.codebook else "*fp16",
+        "scales": "*u8" if case.codes == "e2m1" else "*fp16",
         "zeros": "*fp16",
         "levels": "*fp32",
         "bias": "*fp16",
@@ -95,7 +102,7 @@ def compiled(case: Case) -> cubin.Report:
         "TOP_K": 8,
         "X_PER_EXPERT": not case.up,
         "WEIGHTED": not case.up,
-        "CODEBOOK": case.codebook,
+        "CODES": case.codes,
         "HAS_ZEROS": case.zeros,
         "HAS_BIAS": True,
         "GATED": case.up and case.group > 0,
@@ -134,6 +141,7 @@ def row(case: Case) -> Row:
         tensor_core=sum(n for code, n in counts.items() if code in cubin.TENSOR_CORE),
         int_to_float=counts["I2F"] + counts["I2FP"],
         shared_stores=counts["STS"] + counts["STSM"],
+        warnings=len(report.warnings),
         loop=len(loop),
     )
 

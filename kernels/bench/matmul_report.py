@@ -17,7 +17,8 @@ after the loop. The other columns count instructions in the inner loop, over 128
 - ``half``: 16-bit float operations.
 - ``all``: all instructions; ``/weight`` is that number per weight which a thread unpacks.
 
-``parts`` counts 16-byte loads and stores of global memory outside the loop, as of parts.
+``parts`` counts 16-byte loads and stores of global memory outside the loop, as of parts. ``warn``
+counts warnings that products wait for one another.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 
 from nybble.kernels.bench import cubin
+from nybble.kernels.layout import CodeKind
 from nybble.kernels.triton.configs import SHIPPED, Config, default_config, for_group, read
 from nybble.kernels.triton.few_rows import few_rows_kernel
 from nybble.kernels.triton.matmul import joined, matmul_kernel, max_registers
@@ -40,7 +42,7 @@ class Case:
 
     capability: compute capability, 90 for sm_90.
     dtype: of the activations, in Triton's words.
-    codebook: whether levels are read from a table and not computed.
+    codes: what the codes are, see :data:`nybble.kernels.layout.CodeKind`.
     zeros: whether each group has a zero point.
     group: columns per scale.
     gated: with the activation of a gated weight in the product.
@@ -49,7 +51,7 @@ class Case:
 
     capability: int
     dtype: str
-    codebook: bool
+    codes: CodeKind
     zeros: bool
     group: int
     config: Config
@@ -75,6 +77,7 @@ class Row:
     loop: int
     per_weight: float
     wide_parts: int
+    warnings: int
 
 
 def quick() -> Iterator[Case]:
@@ -109,25 +112,27 @@ def shipped(everything: bool) -> Iterator[Case]:
         for config in configs if everything else sample:
             sampled = {90: (config,), 100: (few, most), 120: (most,)}.get(capability, ())
             if everything or config in sampled:
-                yield Case(capability, "bf16", False, False, 128, config)
+                yield Case(capability, "bf16", "integer", False, 128, config)
                 if config in (few, some, most):
-                    yield Case(capability, "bf16", False, False, 128, config, gated=True)
+                    yield Case(capability, "bf16", "integer", False, 128, config, gated=True)
             if everything or (capability == 90 and not config.overlap):
-                yield Case(capability, "bf16", True, False, 64, config)
+                yield Case(capability, "bf16", "codebook", False, 64, config)
+            if everything or (capability in (80, 90) and config in (few, most)):
+                yield Case(capability, "bf16", "e2m1", False, 32, config)
             if (
                 everything
                 or (capability < 100 and config == some)
                 or (capability == 90 and config == most)
             ):
-                yield Case(capability, "fp16", False, True, 32, config)
+                yield Case(capability, "fp16", "integer", True, 32, config)
         for config in configs if everything else (few, most) if capability < 100 else (few,):
             if not config.dense:
-                yield Case(capability, "bf16", True, False, 16, for_group(config, 16))
-                yield Case(capability, "fp16", False, True, 16, for_group(config, 16))
+                yield Case(capability, "bf16", "e2m1", False, 16, for_group(config, 16))
+                yield Case(capability, "fp16", "integer", True, 16, for_group(config, 16))
         if everything and capability < 100:
             for bucket in (8, 16, 64, 256):
                 odd = replace(default_config(bucket, 22016, 4001, capability=capability), tail=0)
-                yield Case(capability, "bf16", False, False, 128, odd, whole_steps=False)
+                yield Case(capability, "bf16", "integer", False, 128, odd, whole_steps=False)
 
 
 def compiled(case: Case) -> cubin.Report:
@@ -146,7 +151,7 @@ def compiled(case: Case) -> cubin.Report:
     }
     numbers = ("rows", "out_features", "columns", "groups", "whole", "splits", "steps_each")
     constants = {
-        "CODEBOOK": case.codebook,
+        "CODES": case.codes,
         "HAS_ZEROS": case.zeros,
         "HAS_BIAS": True,
         "GATED": case.gated,
@@ -204,6 +209,7 @@ def row(case: Case) -> Row:
             for i in report.instructions
             if i not in loop
         ),
+        warnings=len(report.warnings),
     )
 
 
@@ -217,7 +223,7 @@ def main() -> None:
         print(
             f"{'sm':>4}{'x':>5}  {'weights':<14}{'n × m':>10}{'warps':>6}{'regs':>6}{'shared':>8}"
             f"{'local':>6}{'spill':>6}{'16B':>4}{'mma':>5}{'wait':>5}{'i2f':>4}{'sts':>4}{'bits':>5}{'half':>5}"
-            f"{'all':>5}{'/weight':>8}{'parts':>6}"
+            f"{'all':>5}{'/weight':>8}{'parts':>6}{'warn':>5}"
         )
     cases = list(quick() if arguments.quick else shipped(arguments.all))
     with ProcessPoolExecutor(cubin.COMPILERS) as pool:
@@ -227,12 +233,12 @@ def main() -> None:
                 print(json.dumps({"case": asdict(case), "row": asdict(r)}), flush=True)
                 continue
             shape = f"{c.block_n}×{c.block_m}" + (f"×{c.parts}" if c.parts > 1 else "")
-            kind = "codebook" if case.codebook else "affine+z" if case.zeros else "affine"
+            kind = {"integer": "affine"}.get(case.codes, case.codes) + "+z" * case.zeros
             print(
                 f"{case.capability:>4}{case.dtype:>5}  {kind + ' g' + str(case.group):<14}"
                 f"{shape:>10}{max(c.num_warps, c.parts):>6}{r.registers:>6}{r.shared:>8}"
                 f"{r.local:>6}{r.spill:>6}{r.wide_copies:>4}{r.tensor_core:>5}{r.waits:>5}{r.int_to_float:>4}"
-                f"{r.shared_stores:>4}{r.bit_ops:>5}{r.half_ops:>5}{r.loop:>5}{r.per_weight:>8}{r.wide_parts:>6}",
+                f"{r.shared_stores:>4}{r.bit_ops:>5}{r.half_ops:>5}{r.loop:>5}{r.per_weight:>8}{r.wide_parts:>6}{r.warnings:>5}",
                 flush=True,
             )
 

@@ -107,9 +107,12 @@ class Row:
     spilled: bytes of local memory per thread.
     spilled_in_loop: accesses to it in the innermost loop with products.
     tensor_core: tensor-core products.
+    loop: instructions of that loop.
+    by_byte: of those, loads of single bytes from shared memory, and conversions from integers.
     wide_loads: 16-byte loads from global memory, asynchronous or not.
     loads: all loads from global memory.
     early: accesses to global memory before the wait for the kernel before; all if there is none.
+    warnings: of the assembler, that Hopper's products wait for one another.
     """
 
     kernel: str
@@ -120,12 +123,16 @@ class Row:
     spilled: int
     spilled_in_loop: int
     tensor_core: int
+    loop: int
+    by_byte: int
     wide_loads: int
     loads: int
     early: int
+    warnings: int
 
     @classmethod
     def of(cls, kernel: str, variant: str, capability: int, report: Report) -> Row:
+        loop = report.tensor_core_loop()
         loads = [i for i in report.instructions if i.opcode.startswith(("LDG", "LDGSTS"))]
         waits = [i.address for i in report.instructions if i.opcode.startswith("ACQBULK")]
         accesses = [i for i in report.instructions if i.opcode.startswith(_GLOBAL)]
@@ -136,11 +143,14 @@ class Row:
             report.registers,
             report.shared,
             report.local,
-            sum(i.opcode.startswith(("LDL", "STL")) for i in report.tensor_core_loop()),
+            sum(i.opcode.startswith(("LDL", "STL")) for i in loop),
             report.count(*TENSOR_CORE),
+            len(loop),
+            sum(i.opcode.startswith(("LDS.U8", "LDS.S8", "I2F")) for i in loop),
             sum(".128" in i.opcode for i in loads),
             len(loads),
             sum(not waits or i.address < waits[0] for i in accesses),
+            len(report.warnings),
         )
 
 
@@ -224,7 +234,10 @@ def _attention(
         constants = attention_decode.decode_constants(
             *sizes, capability, quantized=quantized, short=short
         )
-        warps, registers = constants.pop("num_warps"), attention_decode.max_registers(constants)
+        warps, registers = (
+            constants.pop("num_warps"),
+            attention_decode.max_registers(constants, capability),
+        )
         report = compile_kernel(
             attention_decode.decode_kernel,
             shared | partial,
@@ -303,7 +316,7 @@ def _fixed_order(kind: str, capability: int) -> Row:
     numbers = ("rows", "out_features", "columns", "groups", "parts", "steps_each")
     constants |= {
         "DENSE": dense,
-        "CODEBOOK": "codebook" in kind,
+        "CODES": "codebook" if "codebook" in kind else "integer",
         "HAS_ZEROS": "zeros" in kind,
         "HAS_BIAS": True,
         "GATED": gated,

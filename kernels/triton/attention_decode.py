@@ -28,7 +28,7 @@ from nybble.kernels.triton.online_softmax import LOG2_E, attend, padded_seqs, po
 from nybble.kernels.triton.opaque import opaque_zero
 from nybble.kernels.triton.overlap import follow, overlap_options
 
-DECODE_TILE = 64  # keys per step of the inner loop; half if that overfills the registers
+DECODE_TILE = 64  # keys per step of the inner loop; half if more would overfill the registers
 # The block table is loaded ahead of what it points to, so five stages keep two tiles of keys and
 # values in flight: 64 KiB a program for 16-bit heads of 128 or 256.
 DECODE_STAGES = 5
@@ -241,7 +241,7 @@ def decode(
         window,
         **constants,
         **splitting.constants,
-        maxnreg=max_registers(constants),
+        maxnreg=max_registers(constants, capability),
         SOFTCAP=softcap,
         HAS_SINKS=sinks is not None,
         SEQS_PADDED=padded_seqs(seqs),
@@ -258,8 +258,9 @@ def decode_constants(
     tokens = short_tokens(group, dim) if short else 1
     rows = max(16, int(triton.next_power_of_2(group * tokens)))
     wide = padded > 128
-    tile = DECODE_TILE // 2 if quantized or wide else DECODE_TILE
-    if short and (quantized if wide else rows == 64 and through_registers(capability)):
+    tile = DECODE_TILE // 2 if wide else DECODE_TILE
+    crowded = rows == 64 and (quantized or through_registers(capability))
+    if short and (quantized if wide else crowded):
         tile //= 2  # or registers would be spilled
     return {
         "GROUP": group,
@@ -276,10 +277,12 @@ def decode_constants(
     }
 
 
-def max_registers(constants: dict[str, int]) -> int | None:
+def max_registers(constants: dict[str, int], capability: int) -> int | None:
     """How many registers a thread may take; None leaves it to the compiler.
 
-    Of wide heads and of many rows two programs fit on a multiprocessor. ptxas would spill some
-    registers to fit three, unless it is told that all may be used.
+    Of wide heads and of many rows two programs fit on a multiprocessor, and of 8-bit caches too
+    where there is less shared memory than Hopper's. ptxas would spill some registers to fit three,
+    unless it is told that all may be used.
     """
-    return 255 if constants["DIM_PADDED"] > 128 or constants["ROWS"] > 32 else None
+    small = constants["QUANTIZED"] and through_registers(capability)
+    return 255 if small or constants["DIM_PADDED"] > 128 or constants["ROWS"] > 32 else None

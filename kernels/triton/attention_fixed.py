@@ -220,7 +220,7 @@ def merge_kernel(
     each = tl.arange(0, SEQS_PADDED)
     ends = tl.load(query_start + each + 1, each < seqs, token + 1)
     seq = tl.sum((ends <= token).to(tl.int32), 0)
-    context = tl.load(context_lens + seq)
+    context = tl.load(context_lens + seq, seq < seqs, 0)  # a row that pads a step is of none
     if context == 0:
         return
     key_end = context - tl.load(query_start + seq + 1) + token + 1

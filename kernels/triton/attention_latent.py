@@ -341,7 +341,9 @@ def latent_attention(
         constants = latent_constants(*sizes, quantized=quantized, decode=False)
         groups = triton.cdiv(heads, constants["GROUP"])
         # Each sequence may have one partly filled piece.
-        pieces = tokens // (constants["ROWS"] // constants["GROUP"]) + seqs
+        pieces = tokens // (constants["ROWS"] // constants["GROUP"]) + batch.longer_than(
+            SHORT, tokens
+        )
         latent_prefill_kernel[(pieces * groups,)](
             *_inputs(q, cache, scales, batch, out),
             *_numbers(batch, heads, scale),

@@ -222,8 +222,12 @@ def prefill(
         device_traits(q.device)[2],
         quantized=scales is not None,
     )
-    if batch.rows is None:  # each sequence may have one partly filled piece, and the most splits
-        programs = (tokens // splitting.piece + seqs) * splitting.most(splitting.short + 1)
+    if batch.rows is None:
+        # A sequence has as many programs as keep the device busy, or one for each of its pieces.
+        programs = (
+            batch.longer_than(splitting.short, tokens) * splitting.pieces
+            + tokens // splitting.piece
+        )
     else:
         programs = sum(map(splitting.programs, batch.rows))
     prefill_kernel[(programs, kv_heads)](

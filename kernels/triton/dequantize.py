@@ -16,13 +16,8 @@ from nybble.kernels.activation import Activation
 from nybble.kernels.packed import PackedWeight
 from nybble.kernels.triton.activation import gated
 from nybble.kernels.triton.device import FUSED
-from nybble.kernels.triton.step import output_of, wide
-from nybble.kernels.triton.unpack import (
-    INTERPRETED,
-    codebook_table,
-    unpack_affine,
-    unpack_codebook,
-)
+from nybble.kernels.triton.step import output_of, unpacked, wide
+from nybble.kernels.triton.unpack import INTERPRETED, codebook_table
 
 # Bytes of the 16-bit weight that exist at a time. Gate and up of 7B and 13B models take up to 270
 # MiB; if they were cut in two, outputs would be copied.
@@ -68,24 +63,21 @@ def dequantize_kernel(
     out_features,
     columns,
     groups,
-    CODEBOOK: tl.constexpr,
+    CODES: tl.constexpr,
     HAS_ZEROS: tl.constexpr,
     GROUP: tl.constexpr,
     GATED: tl.constexpr,
 ):
     dtype: tl.constexpr = out.dtype.element_ty
-    CENTRE: tl.constexpr = 0 if CODEBOOK else 8
+    CENTRE: tl.constexpr = 8 if CODES == "integer" else 0
     step = tl.program_id(0)
     tile = tl.program_id(1)
     steps = tl.cdiv(columns, 128)
     row = tl.arange(0, 64)
     words = (tile * steps + step) * 2048 + row[:, None] * 32 + tl.arange(0, 32)[None, :]
     q = tl.load(qweight + words)
-    if CODEBOOK:
-        table = 0 if INTERPRETED else codebook_table(levels, dtype)
-        w0, w1, w2, w3 = unpack_codebook(q, levels, table, dtype)
-    else:
-        w0, w1, w2, w3 = unpack_affine(q, dtype)
+    table = codebook_table(levels, dtype) if CODES == "codebook" and not INTERPRETED else 0
+    w0, w1, w2, w3 = unpacked(q, levels, table, dtype, CODES)
     n = tile * 64 + row
     valid = n < out_features
     out_row = out + output_of(n, out_features, GATED).to(tl.int64) * columns
@@ -133,7 +125,7 @@ def dequantize(
         stop - start,
         columns,
         weight.groups,
-        CODEBOOK=not weight.is_affine,
+        CODES=weight.code_kind,
         HAS_ZEROS=weight.zeros is not None,
         GROUP=0 if weight.groups == 1 else weight.group_size,
         GATED=weight.layout == "gpu_gated_tiles",

@@ -46,7 +46,7 @@ def few_rows_kernel(
     out_features,
     columns,
     groups,
-    CODEBOOK: tl.constexpr,
+    CODES: tl.constexpr,
     HAS_ZEROS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     GATED: tl.constexpr,
@@ -60,7 +60,7 @@ def few_rows_kernel(
     BLOCK_M: tl.constexpr,
 ):
     dtype: tl.constexpr = x.dtype.element_ty
-    CENTRE: tl.constexpr = 0 if CODEBOOK else 8
+    CENTRE: tl.constexpr = 8 if CODES == "integer" else 0
     steps = tl.cdiv(columns, STEP)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -81,7 +81,7 @@ def few_rows_kernel(
             begin = tl.minimum(soon * PARTS + part, steps - 1)
             fetch(row_at + begin[:, None] * (TILE_N * SLICE))
         tl.extra.cuda.gdc_wait()
-    table = codebook_table(levels, dtype) if CODEBOOK and not INTERPRETED else 0
+    table = codebook_table(levels, dtype) if CODES == "codebook" and not INTERPRETED else 0
     acc = tl.zeros((PARTS, BLOCK_N, BLOCK_M), tl.float32)
     ahead = of_slices(scales + scale_at, part[:, None], SETS, GROUP, groups)
     for first in range(0, steps, PARTS):
@@ -96,7 +96,7 @@ def few_rows_kernel(
         z0, z1, z2, z3 = 0.0, 0.0, 0.0, 0.0
         if HAS_ZEROS:
             z0, z1, z2, z3 = of_slices(zeros + scale_at, step, SETS, GROUP, groups)
-        w0, w1, w2, w3 = unpacked(q, levels, table, dtype, CODEBOOK)
+        w0, w1, w2, w3 = unpacked(q, levels, table, dtype, CODES)
         w0 = shifted(w0, z0, HAS_ZEROS, CENTRE)
         w1 = shifted(w1, z1, HAS_ZEROS, CENTRE)
         w2 = shifted(w2, z2, HAS_ZEROS, CENTRE)
@@ -144,7 +144,7 @@ def few_rows_matmul(
         weight.out_features,
         columns,
         weight.groups,
-        CODEBOOK=not weight.is_affine,
+        CODES=weight.code_kind,
         HAS_ZEROS=weight.zeros is not None,
         HAS_BIAS=weight.bias is not None,
         GATED=weight.layout == "gpu_gated_tiles",

@@ -61,7 +61,7 @@ def fixed_order_kernel(
     parts,
     steps_each,
     DENSE: tl.constexpr,
-    CODEBOOK: tl.constexpr,
+    CODES: tl.constexpr,
     HAS_ZEROS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     GATED: tl.constexpr,
@@ -75,7 +75,7 @@ def fixed_order_kernel(
     BLOCK_M: tl.constexpr,
 ):
     dtype: tl.constexpr = x.dtype.element_ty
-    CENTRE: tl.constexpr = 0 if CODEBOOK else 8
+    CENTRE: tl.constexpr = 8 if CODES == "integer" else 0
     steps = tl.cdiv(columns, WIDTH)
     blocks_n, blocks_m = tl.cdiv(out_features, BLOCK_N), tl.cdiv(rows, BLOCK_M)
     block_n, block_m = block_of(tl.program_id(0), blocks_n, blocks_m, 8)
@@ -95,7 +95,7 @@ def fixed_order_kernel(
         word = tl.arange(0, SLICE)[None, :]
         w_at = weight + (tile[:, None] * steps * TILE_N + n[:, None] % TILE_N) * SLICE + word
         scale_at = tile * groups * TILE_N + n % TILE_N
-    table = codebook_table(levels, dtype) if CODEBOOK and not INTERPRETED else 0
+    table = codebook_table(levels, dtype) if CODES == "codebook" and not INTERPRETED else 0
 
     apart = tl.num_programs(1) > 1
     begin = tl.program_id(1)
@@ -125,7 +125,7 @@ def fixed_order_kernel(
                 acc = product(w, xs, acc)
             else:
                 q = tl.load(w_at + step * (TILE_N * SLICE))
-                w0, w1, w2, w3 = unpacked(q, levels, table, dtype, CODEBOOK)
+                w0, w1, w2, w3 = unpacked(q, levels, table, dtype, CODES)
                 z0, z1, z2, z3 = 0.0, 0.0, 0.0, 0.0
                 if HAS_ZEROS:
                     z0, z1, z2, z3 = of_slices(zeros + scale_at, step, SETS, GROUP, groups)
@@ -259,7 +259,7 @@ def fixed_order_matmul(x: Tensor, weight: Weight, activation: Activation | None 
         order.parts,
         order.steps_each,
         DENSE=packed is None,
-        CODEBOOK=packed is not None and not packed.is_affine,
+        CODES="integer" if packed is None else packed.code_kind,
         HAS_ZEROS=packed is not None and packed.zeros is not None,
         HAS_BIAS=weight.bias is not None,
         GATED=has_gates,

@@ -70,7 +70,7 @@ def grouped_kernel(
     X_PER_EXPERT: tl.constexpr,
     WEIGHTED: tl.constexpr,
     DENSE: tl.constexpr,
-    CODEBOOK: tl.constexpr,
+    CODES: tl.constexpr,
     HAS_ZEROS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     GATED: tl.constexpr,
@@ -82,7 +82,7 @@ def grouped_kernel(
     BLOCK_M: tl.constexpr,
 ):
     dtype: tl.constexpr = x.dtype.element_ty
-    CENTRE: tl.constexpr = 0 if CODEBOOK else 8
+    CENTRE: tl.constexpr = 8 if CODES == "integer" else 0
     expert = tl.load(expert_of + tl.program_id(0)).to(tl.int64)
     if expert < 0:
         return
@@ -113,7 +113,7 @@ def grouped_kernel(
             zeros += expert * tiles * groups * TILE_N
         scale_at = tile * groups * TILE_N + n % TILE_N
         ahead = of_slices(scales + scale_at, 0, SETS, GROUP, groups)
-    table = codebook_table(levels, dtype) if CODEBOOK and not INTERPRETED else 0
+    table = codebook_table(levels, dtype) if CODES == "codebook" and not INTERPRETED else 0
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     tl.assume(steps > 0)
     for step in range(0, steps):
@@ -130,7 +130,7 @@ def grouped_kernel(
         else:
             q = tl.load(w_at + step * (TILE_N * SLICE))
             xs = rows_of_slices(x_at + step * WIDTH, valid_m, left, WHOLE_STEPS)
-            w0, w1, w2, w3 = unpacked(q, levels, table, dtype, CODEBOOK)
+            w0, w1, w2, w3 = unpacked(q, levels, table, dtype, CODES)
             z0, z1, z2, z3 = 0.0, 0.0, 0.0, 0.0
             if HAS_ZEROS:
                 z0, z1, z2, z3 = of_slices(zeros + scale_at, step, SETS, GROUP, groups)
@@ -287,7 +287,7 @@ def grouped_matmul(
             TOP_K=top_k,
             X_PER_EXPERT=x.ndim == 3,
             WEIGHTED=weights is not None,
-            CODEBOOK=packed is not None and not packed.is_affine,
+            CODES="integer" if packed is None else packed.code_kind,
             HAS_ZEROS=experts.zeros is not None,
             HAS_BIAS=experts.bias is not None,
             GATED=packed is not None and packed.layout == "gpu_gated_tiles",

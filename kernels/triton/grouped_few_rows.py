@@ -51,7 +51,7 @@ def grouped_few_rows_kernel(
     TOP_K: tl.constexpr,
     X_PER_EXPERT: tl.constexpr,
     WEIGHTED: tl.constexpr,
-    CODEBOOK: tl.constexpr,
+    CODES: tl.constexpr,
     HAS_ZEROS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     GATED: tl.constexpr,
@@ -63,7 +63,7 @@ def grouped_few_rows_kernel(
     BLOCK_M: tl.constexpr,
 ):
     dtype: tl.constexpr = x.dtype.element_ty
-    CENTRE: tl.constexpr = 0 if CODEBOOK else 8
+    CENTRE: tl.constexpr = 8 if CODES == "integer" else 0
     expert = tl.load(expert_of + tl.program_id(0)).to(tl.int64)
     if expert < 0:
         return
@@ -91,7 +91,7 @@ def grouped_few_rows_kernel(
     x_at = x + x_at + part[:, None, None] * STEP
     scale_at = (n // TILE_N * groups * TILE_N + n % TILE_N)[None, :]
     valid_m = valid[None, None, :]
-    table = codebook_table(levels, dtype) if CODEBOOK and not INTERPRETED else 0
+    table = codebook_table(levels, dtype) if CODES == "codebook" and not INTERPRETED else 0
     acc = tl.zeros((PARTS, BLOCK_N, BLOCK_M), tl.float32)
     ahead = of_slices(scales + scale_at, part[:, None], SETS, GROUP, groups)
     for first in range(0, steps, PARTS):
@@ -105,7 +105,7 @@ def grouped_few_rows_kernel(
         z0, z1, z2, z3 = 0.0, 0.0, 0.0, 0.0
         if HAS_ZEROS:
             z0, z1, z2, z3 = of_slices(zeros + scale_at, step, SETS, GROUP, groups)
-        w0, w1, w2, w3 = unpacked(q, levels, table, dtype, CODEBOOK)
+        w0, w1, w2, w3 = unpacked(q, levels, table, dtype, CODES)
         w0 = shifted(w0, z0, HAS_ZEROS, CENTRE)
         w1 = shifted(w1, z1, HAS_ZEROS, CENTRE)
         w2 = shifted(w2, z2, HAS_ZEROS, CENTRE)

@@ -118,7 +118,7 @@ def matmul_kernel(
     whole,  # blocks of outputs that are not split, the first ones
     splits,
     steps_each,
-    CODEBOOK: tl.constexpr,
+    CODES: tl.constexpr,
     HAS_ZEROS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     GATED: tl.constexpr,
@@ -136,7 +136,7 @@ def matmul_kernel(
     GROUP_M: tl.constexpr,
 ):
     dtype: tl.constexpr = x.dtype.element_ty
-    CENTRE: tl.constexpr = 0 if CODEBOOK else 8
+    CENTRE: tl.constexpr = 8 if CODES == "integer" else 0
     # Registers are short if sums take half of them, or if scales are kept until after the product.
     CROWDED: tl.constexpr = BLOCK_N * BLOCK_M > 128 * 128 or not SCALE_FIRST
     steps = tl.cdiv(columns, STEP)
@@ -174,7 +174,7 @@ def matmul_kernel(
         for soon in tl.static_range(4):
             fetch(row_at + tl.minimum(start + soon, steps - 1) * (TILE_N * SLICE))
         tl.extra.cuda.gdc_wait()
-    table = codebook_table(levels, dtype) if CODEBOOK and not INTERPRETED else 0
+    table = codebook_table(levels, dtype) if CODES == "codebook" and not INTERPRETED else 0
     if SPLIT and not TAIL:
         # No part is without steps. If the loop might not run, ptxas makes each of Hopper's products
         # wait for the one before (C7515).
@@ -192,7 +192,7 @@ def matmul_kernel(
             xs = tl.load(x_at + step * STEP, mask=valid_m & (left > 0), other=0.0)
         else:
             xs = rows_of_slices(x_at + step * STEP, valid_m, left, WHOLE_STEPS)
-        w0, w1, w2, w3 = unpacked(q, levels, table, dtype, CODEBOOK)
+        w0, w1, w2, w3 = unpacked(q, levels, table, dtype, CODES)
         z0, z1, z2, z3 = 0.0, 0.0, 0.0, 0.0
         if HAS_ZEROS:
             z0, z1, z2, z3 = of_slices(zeros + scale_at, step, SETS, GROUP, groups)
@@ -383,7 +383,7 @@ def packed_matmul(
         whole,
         splits,
         steps_each,
-        CODEBOOK=not weight.is_affine,
+        CODES=weight.code_kind,
         HAS_ZEROS=weight.zeros is not None,
         HAS_BIAS=weight.bias is not None,
         GATED=has_gates,

@@ -1,9 +1,11 @@
-"""The online-softmax step over a tile of keys, shared by both attention kernels."""
+"""The online-softmax step over a tile of keys, shared by the attention kernels."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+from nybble.kernels.triton.eight_bits import by_way_of_shared_memory, widened
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -66,7 +68,10 @@ def attend(
         inside = inside & (key >= key_begin)
     block = tl.load(table + key // BLOCK_SIZE, inside, 0).to(tl.int64)
     row = (block * kv_heads + head) * BLOCK_SIZE + key % BLOCK_SIZE
-    keys = _load_heads(k_cache, row, inside, 0, DIM, DIM_PADDED, DIM_PADDED).to(query.dtype)
+    keys = _load_heads(k_cache, row, inside, 0, DIM, DIM_PADDED, DIM_PADDED)
+    keys = widened(keys, query.dtype)
+    if QUANTIZED and query.shape[0] > 64:
+        keys = by_way_of_shared_memory(keys, key_end)
     scores = tl.dot(query, tl.trans(keys)) * scale
     if QUANTIZED:
         scores *= tl.load(k_scales + row, inside, 0.0)[None, :]
@@ -94,7 +99,10 @@ def attend(
     summed = ()  # type: tuple[object, ...]
     for part in tl.static_range(len(accumulators)):
         values = _load_heads(v_cache, row, inside, part * PART, DIM, DIM_PADDED, PART)
-        summed += (tl.dot(weights, values.to(query.dtype), shrunk[part]),)
+        values = widened(values, query.dtype)
+        if QUANTIZED:
+            values = by_way_of_shared_memory(values, key_end)
+        summed += (tl.dot(weights, values, shrunk[part]),)
     return summed, new_peak, total
 
 

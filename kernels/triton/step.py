@@ -10,7 +10,12 @@ import triton.language as tl
 
 from nybble.kernels.packed import PackedWeight
 from nybble.kernels.triton.activation import times_up
-from nybble.kernels.triton.unpack import INTERPRETED, unpack_affine, unpack_codebook
+from nybble.kernels.triton.unpack import (
+    INTERPRETED,
+    unpack_affine,
+    unpack_codebook,
+    unpack_e2m1,
+)
 
 SLICE = tl.constexpr(32)
 STEP = tl.constexpr(128)
@@ -134,10 +139,12 @@ def shifted(w, zero, HAS_ZEROS: tl.constexpr, CENTRE: tl.constexpr):
 
 
 @triton.jit
-def unpacked(q, levels, table, dtype: tl.constexpr, CODEBOOK: tl.constexpr):
+def unpacked(q, levels, table, dtype: tl.constexpr, CODES: tl.constexpr):
     """The four slices of a tile of words: levels, or codes minus 8."""
-    if CODEBOOK:
+    if CODES == "codebook":
         w0, w1, w2, w3 = unpack_codebook(q, levels, table, dtype)
+    elif CODES == "e2m1":
+        w0, w1, w2, w3 = unpack_e2m1(q, levels, dtype)
     else:
         w0, w1, w2, w3 = unpack_affine(q, dtype)
     return w0, w1, w2, w3

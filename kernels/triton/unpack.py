@@ -12,6 +12,9 @@ leaves ``code − 8`` exactly. (After Kim et al., "Who Says Elephants Can't Run"
 *Codebook.* Each level is two bytes. A byte permute reads 4 codes at a time from an 8-entry table;
 two tables and a select on the codes' top bits make 16 entries.
 
+*4-bit floats.* A rotation brings an e2m1 code's bits to their places in a bfloat16, whose exponent
+is then 126 too small; a product with a power of two makes it exact, subnormal codes too.
+
 The interpreter cannot run PTX, so each has a twin in plain Triton; tests/kernels/ptx.py runs the
 PTX itself on the CPU over every input.
 """
@@ -82,6 +85,39 @@ prmt.b32 $2, low, high, 0x5140;
 prmt.b32 $3, low, high, 0x7362;
 }""")
 CODEBOOK_REGISTERS = tl.constexpr("=&r,=&r,=&r,=&r" + ",r" * 17)
+
+# The masks are those of a code's bits in two bfloat16 (kernels/layout.py: E2M1_PLACES), and of all
+# but its highest bit of exponent, which the last slice has elsewhere. 2 ** 126 is 0x7e80.
+E2M1_BF16 = tl.constexpr("""{
+.reg .b32 turned, high, power, none;
+mov.b32 power, 0x7e807e80;
+mov.b32 none, 0x80008000;
+and.b32 $0, $4, 0x81c081c0;
+shf.l.wrap.b32 turned, $4, $4, 4;
+and.b32 $1, turned, 0x81c081c0;
+shf.l.wrap.b32 turned, $4, $4, 10;
+and.b32 $2, turned, 0x81c081c0;
+shf.l.wrap.b32 turned, $4, $4, 14;
+and.b32 high, turned, 0x01000100;
+shf.l.wrap.b32 turned, $4, $4, 6;
+lop3.b32 $3, turned, 0x80c080c0, high, 0xea;
+fma.rn.bf16x2 $0, $0, power, none;
+fma.rn.bf16x2 $1, $1, power, none;
+fma.rn.bf16x2 $2, $2, power, none;
+fma.rn.bf16x2 $3, $3, power, none;
+}""")
+
+# float16 has its exponent three bits higher. 2 ** 14 is 0x7400.
+_TO_F16 = """
+shl.b32 turned, ${0}, 3;
+and.b32 turned, turned, 0x0e000e00;
+lop3.b32 ${0}, ${0}, 0x80008000, turned, 0xea;
+mul.rn.f16x2 ${0}, ${0}, power;"""
+E2M1_F16 = tl.constexpr(
+    E2M1_BF16.value.split("fma")[0].replace("0x7e807e80", "0x74007400")
+    + "".join(_TO_F16.format(slice_) for slice_ in range(4))
+    + "}"
+)
 
 
 @triton.jit
@@ -159,4 +195,41 @@ def unpack_codebook(q, levels, table, dtype: tl.constexpr):
             w0, w1, w2, w3 = tl.inline_asm_elementwise(
                 CODEBOOK, CODEBOOK_REGISTERS, words, dtype=BFLOATS, is_pure=True, pack=2
             )
+    return w0, w1, w2, w3
+
+
+@triton.jit
+def _turned(pair, LEFT: tl.constexpr):
+    """32 bits rotated to the left."""
+    return (pair << LEFT) | ((pair >> (32 - LEFT)) & ((1 << LEFT) - 1))
+
+
+@triton.jit
+def _floats(bits, levels, like, dtype: tl.constexpr):
+    """The levels of two codes whose bits are in their places."""
+    even = (bits >> 12 & 8) | (bits >> 6 & 7)
+    odd = (bits >> 28 & 8) | (bits >> 22 & 7)
+    pair = tl.join(tl.load(levels + even), tl.load(levels + odd))
+    return pair.reshape(like.shape).to(dtype)
+
+
+@triton.jit
+def unpack_e2m1(q, levels, dtype: tl.constexpr):
+    """The 4-bit float that a code is, of each slice; ``levels`` are the interpreter's alone."""
+    if INTERPRETED:
+        first, second = tl.split(q.reshape((q.numel // 32, 16, 2)))
+        pair = (first.to(tl.int32) & 0xFFFF) | (second.to(tl.int32) << 16)
+        last = (_turned(pair, 14) & 0x01000100) | (_turned(pair, 6) & ~0x01000100)
+        w0 = _floats(pair, levels, q, dtype)
+        w1 = _floats(_turned(pair, 4), levels, q, dtype)
+        w2 = _floats(_turned(pair, 10), levels, q, dtype)
+        w3 = _floats(last, levels, q, dtype)
+    elif dtype == tl.float16:
+        w0, w1, w2, w3 = tl.inline_asm_elementwise(
+            E2M1_F16, "=&r,=&r,=&r,=&r,r", [q], dtype=HALVES, is_pure=True, pack=2
+        )
+    else:
+        w0, w1, w2, w3 = tl.inline_asm_elementwise(
+            E2M1_BF16, "=&r,=&r,=&r,=&r,r", [q], dtype=BFLOATS, is_pure=True, pack=2
+        )
     return w0, w1, w2, w3

@@ -26,7 +26,7 @@ def signature(weight: PackedWeight) -> tuple[object, ...]:
         weight.groups,
         weight.group_size,
         weight.scales.dtype,
-        weight.is_affine,
+        weight.code_kind,
         weight.zeros is not None,
         None if weight.bias is None else weight.bias.dtype,
     )
@@ -49,7 +49,7 @@ def warmup(
     distinct = {}
     slow: set[int] = set()
     for weight in weights:
-        assert weight.is_affine in (True, False)  # reads the levels of every weight
+        assert weight.code_kind  # reads the levels of every weight
         if takes(weight, dtype):
             distinct[signature(weight)] = weight
         elif weight.group_size not in slow:

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from nybble.kernels import PackedWeight
 from nybble.kernels.packed import (
+    E2M1_LEVELS,
     INTEGER_LEVELS,
     SYMMETRIC_LEVELS,
     e8m0,
@@ -37,7 +38,6 @@ from nybble.kernels.packed import (
     stack_outputs,
 )
 from nybble.loaders.formats.affine import two_digits
-from nybble.loaders.formats.microscaling import E2M1
 
 _ROWS_AT_A_TIME = 2048  # unpacking needs a few times the memory of the rows that it is done with
 _IQ4 = torch.tensor(
@@ -244,7 +244,7 @@ def _iq4_xs(blocks: Tensor) -> Grid:
 
 
 def _mxfp4(blocks: Tensor) -> Grid:
-    return Grid(_fields(blocks[:, 1:], 4, 16), blocks[:, :1], levels=E2M1)
+    return Grid(_fields(blocks[:, 1:], 4, 16), blocks[:, :1], levels=E2M1_LEVELS)
 
 
 BLOCK_TYPES = {

@@ -14,16 +14,12 @@ import torch
 from torch import Tensor
 
 from nybble.kernels import PackedWeight
-from nybble.kernels.packed import scale_values
-
-# By code; those of 8 and above are negative.
-_HALF = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-E2M1 = torch.tensor([*_HALF, *(-level for level in _HALF)])
+from nybble.kernels.packed import E2M1_LEVELS, scale_values
 
 
 @dataclass(frozen=True)
 class MicroscaledWeight:
-    """w[n, k] = E2M1[code] · scales[n, k / group].
+    """w[n, k] = E2M1_LEVELS[code] · scales[n, k / group].
 
     pairs: uint8 ``(out, in / 2)``, the first code in the low half of a byte.
     scales: ``(out, in / group)``, as a :class:`PackedWeight` has them.
@@ -37,7 +33,7 @@ class MicroscaledWeight:
         """float32 ``(out, in)``: the format's definition."""
         codes = torch.stack((self.pairs & 0xF, self.pairs >> 4), dim=-1).flatten(1)
         group = codes.shape[1] // self.scales.shape[1]
-        return E2M1[codes.int()] * scale_values(self.scales).repeat_interleave(group, dim=1)
+        return E2M1_LEVELS[codes.int()] * scale_values(self.scales).repeat_interleave(group, dim=1)
 
     def packed(self) -> PackedWeight:
         """The same weight in the form that kernels read. Raises ValueError for part of a group."""
@@ -50,7 +46,7 @@ class MicroscaledWeight:
             qweight=self.pairs.contiguous(),
             scales=self.scales.contiguous(),
             zeros=None,
-            levels=E2M1,
+            levels=E2M1_LEVELS,
             out_features=out,
             in_features=columns,
             group_size=columns // self.scales.shape[1],

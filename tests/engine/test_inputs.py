@@ -10,7 +10,13 @@ from torch import Tensor
 
 from nybble.engine.block_manager import BlockManager
 from nybble.engine.drafter import Draft
-from nybble.engine.graphs import StepShape, bucket_sizes, verify_shapes
+from nybble.engine.graphs import (
+    MixedShape,
+    StepShape,
+    bucket_sizes,
+    mixed_shapes,
+    verify_shapes,
+)
 from nybble.engine.inputs import InputBuffers, StepInputs
 from nybble.engine.request import Request, SamplingParams
 from nybble.engine.scheduler import ScheduledBatch, ScheduledSequence, Scheduler
@@ -185,6 +191,41 @@ def test_shorter_drafts_are_padded_by_rows_that_write_nothing() -> None:
     assert len(inputs.lora.order) == 9
 
 
+def test_prompts_and_decodes_are_padded_by_rows_of_no_sequence_that_write_nothing() -> None:
+    batch = [
+        ScheduledSequence.of(sequence(9, 3, [7, 3, 5]), 3),
+        ScheduledSequence.of(sequence(3, 2, [1]), 1),
+        ScheduledSequence.of(sequence(2, 0, [6]), 2),
+    ]
+    inputs = buffers().build(batch, [1, -1, 1], pad_to=5, pad_rows=8)
+    assert inputs.token_ids.tolist() == [103, 104, 105, 102, 100, 101, 0, 0]
+    assert inputs.positions.tolist() == [3, 4, 5, 2, 0, 1, 0, 0]
+    (attention,) = inputs.attention
+    assert attention.query_start.tolist() == [0, 3, 4, 6, 6, 6]
+    assert attention.context_lens.tolist() == [6, 3, 2, 0, 0]
+    assert (attention.rows, attention.max_query) == (None, 8)  # the next batch has others
+    own = [7 * BLOCK + 3, 3 * BLOCK, 3 * BLOCK + 1, BLOCK + 2, 6 * BLOCK, 6 * BLOCK + 1]
+    assert attention.slot_mapping.tolist() == [*own, -1, -1]
+    assert inputs.last_rows.tolist() == [3, 5]  # the first one's prompt is not at its end
+    assert inputs.lora is not None
+    assert inputs.lora.slots.tolist() == [1, 1, 1, -1, 1, 1, -1, -1]
+    assert inputs.lora.order.tolist()[:5] == [0, 1, 2, 4, 5]
+    assert inputs.lora.segment_starts.tolist() == [0, 5, 5, 5, 5, 5]
+
+
+def test_inputs_padded_to_rows_lie_where_they_lay_before() -> None:
+    built = buffers()
+
+    def places(counts: tuple[int, ...]) -> list[int]:
+        batch = [ScheduledSequence.of(sequence(9, 0, [7, 3, 5]), count) for count in counts]
+        inputs = built.build(batch, [0] * len(counts), pad_to=6, pad_rows=16)
+        assert inputs.lora is not None
+        arrays = (*vars(inputs.attention[0]).values(), *vars(inputs.lora).values())
+        return [each.data_ptr() for each in arrays if isinstance(each, Tensor)]
+
+    assert places((5, 1, 9)) == places((1,)) == places(())
+
+
 @pytest.mark.parametrize("pad_to", [0, 5])
 def test_rows_are_grouped_by_adapter(pad_to: int) -> None:
     counts = [1, 1, 1] if pad_to else [3, 1, 2]
@@ -214,3 +255,9 @@ def test_captured_drafts_are_of_few_lengths_and_end_with_the_longest() -> None:
     assert {shape.seqs for shape in verify_shapes(64, 8)} == {1, 2, 4, 8}
     assert {shape.width for shape in verify_shapes(64, 8)} == {2, 3, 5, 9}
     assert max(verify_shapes(3, 1)) == StepShape(3, 2)
+
+
+def test_captured_steps_of_prompts_have_few_numbers_of_rows() -> None:
+    assert [shape.rows for shape in mixed_shapes(64, 2048)] == [16, 32, 64, 128, 256]
+    assert mixed_shapes(4, 40) == [MixedShape(4, 16), MixedShape(4, 32), MixedShape(4, 40)]
+    assert mixed_shapes(20, 8) == [MixedShape(8, 8)]

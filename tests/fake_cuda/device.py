@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import sys
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -43,7 +44,7 @@ class Graph:
 class Device:
     """What there is of the device: memory, work in flight, graphs.
 
-    waits: for what the host has waited, and from where. launched: (kernel, variant) of each launch;
+    waits: for what the host has waited, and from where. launched: how often each (kernel, variant);
     see ``launches.py``. computes: whether kernels and graphs compute; warming up needs no results.
     has_numbers: whether there are numbers in memory at all; without, everything read is zero, and
     models of any size fit in the host. total: bytes of memory.
@@ -62,7 +63,7 @@ class Device:
         self.has_numbers = self.computes = True
         self.peak = self.allocated
         self.waits: list[str] = []
-        self.launched: set[tuple[str, str]] = set()
+        self.launched = Counter[tuple[str, str]]()
         self.replays = 0
         self._pinned: dict[int, Tensor] = {}
         self._in_flight: list[Transfer] = []
@@ -135,7 +136,7 @@ class Device:
         found = (kernel, variant)
         if self.capturing is not None and found not in self.launched:
             raise RuntimeError(f"{kernel} would be compiled while a stream is capturing")
-        self.launched.add(found)
+        self.launched[found] += 1
         compute = self.computes and self.has_numbers and self.capturing is None
         self.submit(work, reads, compute=compute)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -203,6 +204,47 @@ def test_few_tokens_of_some_of_many_sequences_compile_nothing(
     assert set(gpu.launched) - warm == set()
 
 
+def test_prompts_beside_decodes_are_one_launch_before_the_output_layer(
+    gpu: Device, checkpoint: Path
+) -> None:
+    config = replace(GPU, max_num_seqs=20, max_batched_tokens=64, adapters=None)
+    engine = Engine.load(open_checkpoint(checkpoint), config, progress=False)
+    gpu.computes = False
+    engine.warm_up(progress=False)
+    gpu.computes = True
+    runner = engine._runner
+    graphs, runner_graphs = runner._mixed, runner._graphs
+    # A prompt for each of attention's kernels: many rows, a few, and one; 26 rows are padded to 32.
+    sequences = []
+    for index, (computed, count) in enumerate(((0, 17), (0, 5), (0, 3), (6, 1))):
+        new = Request(
+            "r", tuple(range(10 * index, 10 * index + computed + count)), SamplingParams()
+        )
+        sequence = Sequence(new, 1, detokenizer=None, sampler=None)  # type: ignore[arg-type]
+        sequence.block_tables = (BlockTable([2 * index, 2 * index + 1]),)
+        sequence.num_computed_tokens = computed
+        sequences.append((sequence, count))
+    batch = [ScheduledSequence.of(*each) for each in sequences]
+    found = []
+    for captured in (True, False):
+        runner.reset()
+        runner._mixed, runner._graphs = (graphs, runner_graphs) if captured else (None, None)
+        before, submitted, replays = gpu.launched.copy(), gpu.submitted, gpu.replays
+        with torch.inference_mode():
+            logits = runner.run(batch).cpu()
+        kernels = Counter[str]()
+        for (kernel, _), count in (gpu.launched - before).items():
+            kernels[kernel] += count
+        found.append((logits, kernels, gpu.submitted - submitted, gpu.replays - replays))
+    (by_graph, of_head, few, replayed), (eager, kernels, many, none) = found
+    assert (replayed, none) == (1, 0)
+    torch.testing.assert_close(by_graph, eager, rtol=2e-2, atol=2e-2)
+    assert {"prefill_kernel", "decode_kernel", "rotary_store_kernel"} <= kernels.keys()
+    assert of_head <= kernels
+    assert not {"prefill_kernel", "decode_kernel", "rotary_store_kernel"} & of_head.keys()
+    assert few < many - kernels.total() + of_head.total()
+
+
 def test_inputs_wait_for_the_copy_of_those_before_where_no_sample_has(
     gpu: Device, checkpoint: Path
 ) -> None:
@@ -226,10 +268,12 @@ def test_failed_steps_are_forgotten_and_captured_graphs_go_on(
 ) -> None:
     """One that found no memory costs its request alone; after another the engine begins again."""
     with running(checkpoint, replace(GPU, adapters=None, restarts=1)) as engine:
+        mixed, engine._runner._mixed = engine._runner._mixed, None  # graphs have their memory
         gpu.total = gpu.allocated + (4 << 10)  # too little for a prompt, enough for a replay
         (failed,) = ask(engine, [request("long", 40, 30)])
         gpu.total = 64 << 20
         assert isinstance(failed, OutOfMemoryError)
+        engine._runner._mixed = mixed
         assert engine.failure is None
         assert ask(engine, [SHORT]) == [expected[0][:2]]
         replay = Device.replay

@@ -5,6 +5,8 @@ They are interpreted here, and run as compiled in tests/ptx_emulator.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -225,6 +227,26 @@ def test_a_tokens_attention_is_the_same_alone_and_in_any_chunk(
     monkeypatch.setattr(attention_fixed, "WORKSPACE", 0)  # spans in turn
     assert torch.equal(attended(q, batch), whole)
     assert {grid[2] for grid in grids} == {1, 2}
+
+
+def test_rows_that_pad_a_step_are_of_no_sequence(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever lies in memory behind those of the sequences: no row of its own is written."""
+    batch, keys, values = paged([(9, 2), (540, 1)], 1, 64, torch.float16, CPU)
+    q = torch.randn(5, 2, 64).half()
+    expected = reference.paged_attention(q[:3].double(), keys.double(), values.double(), batch, 0.1)
+    padded = replace(
+        batch,
+        query_start=torch.tensor([0, 2, 3, 4], dtype=torch.int32)[:3],
+        context_lens=torch.tensor([9, 540, 20], dtype=torch.int32)[:2],
+        max_query=5,
+        rows=None,
+    )
+    merges = launches(monkeypatch, attention_fixed, "merge_kernel")
+    monkeypatch.setattr(torch, "empty", lambda *shape, **kind: torch.full(shape, 7.0, **kind))
+    found = attention_fixed.paged_attention(q, keys, values, padded, 0.1)
+    assert merges == [(5, 2)]
+    close(found[:3], expected, 2e-3)
+    assert (found[3:] == 7.0).all()
 
 
 def test_a_rows_lora_is_the_same_alone_and_among_many() -> None:

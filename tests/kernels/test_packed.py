@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from nybble.kernels import PackedWeight
 from nybble.kernels.packed import (
+    E2M1_LEVELS,
     INT8_MAX,
     INTEGER_LEVELS,
     SYMMETRIC_LEVELS,
@@ -109,14 +110,14 @@ def random_weight(
     columns=st.integers(1, 70),
     group=st.integers(1, 70),
     zeros=st.booleans(),
-    codebook=st.booleans(),
+    levels=st.sampled_from([None, torch.rand(16), E2M1_LEVELS]),
 )
 def test_every_layout_holds_the_same_weight(
-    out: int, columns: int, group: int, zeros: bool, codebook: bool
+    out: int, columns: int, group: int, zeros: bool, levels: torch.Tensor | None
 ) -> None:
     weight = random_weight(out, columns, group, zeros=zeros)
-    if codebook:
-        weight = replace(weight, levels=torch.rand(16))
+    if levels is not None:
+        weight = replace(weight, levels=levels)
     for layout in ("cpu_tiles", "gpu_tiles"):
         tiled = weight.to_layout(layout)  # type: ignore[arg-type]
         assert torch.equal(tiled.dequantize(), weight.dequantize())

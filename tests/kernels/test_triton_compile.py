@@ -49,12 +49,13 @@ def test_every_kind_of_weight_is_compiled_for_the_largest_blocks_on_hopper(
         for e in table
         if e["case"]["capability"] == 90 and e["case"]["config"]["block_m"] == 256
     ]
-    kinds = {(case["codebook"], case["zeros"], case["gated"]) for case in largest}
+    kinds = {(case["codes"], case["zeros"], case["gated"]) for case in largest}
     assert kinds == {
-        (False, False, False),
-        (False, False, True),
-        (True, False, False),
-        (False, True, False),
+        ("integer", False, False),
+        ("integer", False, True),
+        ("codebook", False, False),
+        ("e2m1", False, False),
+        ("integer", True, False),
     }
 
 
@@ -83,6 +84,7 @@ def test_hoppers_products_do_not_wait_for_each_other(table: list[dict[str, Any]]
     assert {64, 256} <= {e["case"]["config"]["block_m"] for e in asynchronous}
     for entry in asynchronous:
         assert entry["row"]["waits"] <= entry["row"]["tensor_core"] // 2, entry
+    assert [entry for entry in table if entry["row"]["warnings"]] == []
 
 
 def test_two_blocks_of_33_to_128_rows_share_a_multiprocessor_of_hopper(
@@ -121,12 +123,25 @@ def test_weights_do_not_move_between_registers_where_tensor_cores_are_amperes(
 ) -> None:
     """sm_120 has no tensor memory: a step in one product takes 3.8 bit operations a weight."""
     plain = [
-        e for e in table if not e["case"]["codebook"] and e["case"]["capability"] in (80, 89, 120)
+        e
+        for e in table
+        if e["case"]["codes"] == "integer" and e["case"]["capability"] in (80, 89, 120)
     ]
     assert any(e["case"]["capability"] == 120 for e in plain)
     for entry in plain:
         each = entry["row"]["loop"] / entry["row"]["per_weight"]
         assert entry["row"]["bit_ops"] < 2 * each, entry
+
+
+def test_floats_of_4_bits_take_fewer_operations_than_a_codebook(
+    table: list[dict[str, Any]],
+) -> None:
+    """Nine of bits for eight weights, and at most six beside them for each 32 (a codebook: 21)."""
+    found = [e for e in table if e["case"]["codes"] == "e2m1" and e["case"]["group"] == 32]
+    assert found
+    for entry in found:
+        weights = entry["row"]["loop"] / entry["row"]["per_weight"]
+        assert entry["row"]["bit_ops"] < 1.4 * weights, entry
 
 
 def test_weights_arrive_in_sixteen_byte_copies(table: list[dict[str, Any]]) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from nybble.kernels import PackedWeight, reference
 from nybble.kernels.packed import (
+    E2M1_LEVELS,
     INTEGER_LEVELS,
     SYMMETRIC_LEVELS,
     DenseWeight,
@@ -30,7 +31,8 @@ def random_weight(
     kind: str, out: int, columns: int, group: int, *, perm: bool = False, bias: bool = False
 ) -> PackedWeight:
     groups = -(-columns // group)
-    levels = {"symmetric": SYMMETRIC_LEVELS, "zeros": INTEGER_LEVELS, "codebook": CODEBOOK}[kind]
+    known = {"symmetric": SYMMETRIC_LEVELS, "zeros": INTEGER_LEVELS}
+    levels = (known | {"codebook": CODEBOOK, "e2m1": E2M1_LEVELS})[kind]
     return PackedWeight(
         qweight=pack_nibbles(torch.randint(0, 16, (out, columns)).to(torch.uint8)),
         scales=(torch.rand(out, groups) / 16 + 0.01).half(),
@@ -68,7 +70,7 @@ def error(x: Tensor, ids: Tensor, weights: Tensor | None, experts: Sequence[Weig
     return float((found - expected).norm() / expected.norm())
 
 
-@pytest.mark.parametrize("kind", ["symmetric", "zeros", "codebook"])
+@pytest.mark.parametrize("kind", ["symmetric", "zeros", "codebook", "e2m1"])
 @pytest.mark.parametrize("group", [32, pytest.param(64, marks=pytest.mark.slow), 128])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("load", [pytest.param("even", marks=pytest.mark.slow), "skewed"])
@@ -98,7 +100,7 @@ def test_experts_whose_scales_are_exponents(rows: int) -> None:
     """MXFP4's: the same result, bit for bit, as of the powers of two that they stand for."""
     torch.manual_seed(8)
     exponents = torch.randint(118, 126, (3, 1, 4, 64))
-    wide = [random_weight("codebook", 64, 128, 32) for _ in range(3)]
+    wide = [random_weight("e2m1", 64, 128, 32) for _ in range(3)]
     wide = [replace(w, scales=2.0 ** (e - 127)) for w, e in zip(wide, exponents, strict=True)]
     in_bytes = [replace(w, scales=e.to(torch.uint8)) for w, e in zip(wide, exponents, strict=True)]
     x, ids = torch.randn(rows, 128).half(), route(rows, 3, 2, "even")

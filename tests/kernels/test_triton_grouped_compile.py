@@ -46,6 +46,10 @@ def test_products_run_on_tensor_cores(table: list[dict[str, Any]]) -> None:
         assert entry["row"]["tensor_core"] >= (8 if entry["case"]["group"] else 4), entry
 
 
+def test_hoppers_products_do_not_wait_for_each_other(table: list[dict[str, Any]]) -> None:
+    assert [entry for entry in table if entry["row"]["warnings"]] == []
+
+
 def test_the_inner_loop_converts_no_integer_and_stores_no_weight(
     table: list[dict[str, Any]],
 ) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from nybble.kernels import PackedWeight
 from nybble.kernels.activation import ACTIVATIONS, Activation
-from nybble.kernels.packed import INTEGER_LEVELS, SYMMETRIC_LEVELS, pack_nibbles
+from nybble.kernels.packed import E2M1_LEVELS, INTEGER_LEVELS, SYMMETRIC_LEVELS, pack_nibbles
 from nybble.kernels.triton import activation, matmul
 from nybble.kernels.triton import dequantize as dense
 from nybble.kernels.triton.configs import Config
@@ -38,7 +38,7 @@ def random_weight(
     bias: bool = False,
     powers: bool = False,
 ) -> PackedWeight:
-    """``kind``: symmetric, zeros (integers), fractional (negative ones too) or codebook.
+    """``kind``: symmetric, zeros (integers), fractional (negative ones too), codebook or e2m1.
 
     powers: scales are powers of two, so that scaling rounds nothing.
     """
@@ -48,7 +48,8 @@ def random_weight(
         zeros = torch.randint(0, 16, (out, groups)).to(scale)
     if kind == "fractional":
         zeros = (torch.rand(out, groups) * 24 - 4).to(scale)
-    levels = {"symmetric": SYMMETRIC_LEVELS, "codebook": CODEBOOK}.get(kind, INTEGER_LEVELS)
+    known = {"symmetric": SYMMETRIC_LEVELS, "codebook": CODEBOOK, "e2m1": E2M1_LEVELS}
+    levels = known.get(kind, INTEGER_LEVELS)
     codes = torch.randint(0, 16, (out, columns)).to(torch.uint8)
     scales = torch.rand(out, groups) / 16 + 0.01
     if powers:
@@ -80,7 +81,7 @@ def error(x: torch.Tensor, weight: PackedWeight, config: Config | None) -> float
 TOLERANCE = {torch.float16: 1e-3, torch.bfloat16: 1.2e-2}
 
 
-@pytest.mark.parametrize("kind", ["symmetric", "zeros", "fractional", "codebook"])
+@pytest.mark.parametrize("kind", ["symmetric", "zeros", "fractional", "codebook", "e2m1"])
 @pytest.mark.parametrize(
     "group", [16, 64, 256, *(pytest.param(group, marks=pytest.mark.slow) for group in (32, 128))]
 )

@@ -267,6 +267,24 @@ def test_capped_logits_and_sinks_equal_the_reference(
     assert (found.double() - plain).norm() > 0.1 * plain.norm()
 
 
+@pytest.mark.parametrize("context", [17, 1600])
+def test_prompts_find_programs_where_only_their_rows_together_are_known(
+    context: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many prompts as so many rows can be, and padded sequences and rows behind them."""
+    lengths = [*[(context, 17)] * 3, (5, 5), (0, 0), (0, 0)]
+    batch, keys, values = paged(lengths, 2, 16, 16, torch.float16)
+    batch = replace(batch, max_query=64)
+    q = random(64, 4, 16, dtype=torch.float16)
+    on_device_of(4, monkeypatch)  # which several programs of each prompt keep busy
+    assert batch.rows is None
+    known = replace(batch, rows=tuple(new for _, new in lengths))
+    own = q[:56]
+    expected = reference.paged_attention(own.double(), keys.double(), values.double(), known, 0.2)
+    for each in (batch, known):
+        close(attention.paged_attention(q, keys, values, each, 0.2)[:56], expected)
+
+
 def test_what_splits_take_is_bounded_and_changes_no_result(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sequences are decoded a few at a time if all of them would take too much."""
     lengths = [(260, 1), (1, 1), (4, 3), (7, 1), (257, 1)]

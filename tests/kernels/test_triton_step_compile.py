@@ -53,6 +53,10 @@ def test_no_register_is_spilled_but_for_a_few_outside_of_the_loop_that_walks_the
     assert [row for row in table if row["spilled_in_loop"] > (row["spilled"] <= 8)] == []
 
 
+def test_hoppers_products_do_not_wait_for_each_other(table: list[dict[str, Any]]) -> None:
+    assert [row for row in table if row["warnings"]] == []
+
+
 def test_a_block_fits_the_shared_memory_of_its_gpu(table: list[dict[str, Any]]) -> None:
     limits = {80: 166_912, 89: 101_376, 90: 232_448, 100: 232_448}
     assert [row for row in table if row["shared"] > limits[row["capability"]]] == []
@@ -93,6 +97,12 @@ def test_products_run_on_tensor_cores(table: list[dict[str, Any]]) -> None:
         "lora expand",
     ):
         assert row["tensor_core"] >= 2, row
+
+
+def test_a_cache_in_8_bits_is_converted_four_bytes_at_a_time(table: list[dict[str, Any]]) -> None:
+    found = [row for row in table if "KV" in row["variant"]]
+    assert {row["kernel"] for row in found} >= {"decode", "decode of few", "prefill"}
+    assert [row for row in found if row["by_byte"]] == []
 
 
 def test_keys_values_and_adapters_are_loaded_sixteen_bytes_at_a_time(

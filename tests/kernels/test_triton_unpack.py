@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 
 from nybble.kernels import PackedWeight
-from nybble.kernels.packed import INTEGER_LEVELS, SYMMETRIC_LEVELS, pack_nibbles
-from nybble.kernels.triton import unpack
+from nybble.kernels.packed import E2M1_LEVELS, INTEGER_LEVELS, SYMMETRIC_LEVELS, pack_nibbles
+from nybble.kernels.triton import eight_bits, unpack
 from nybble.kernels.triton.unpack import codebook_table
 
 _spec = importlib.util.spec_from_file_location(
@@ -85,6 +85,28 @@ def test_codebook_words_unpack_to_their_levels(dtype: torch.dtype, seed: int) ->
     weight = one_tile(LEVELS, seed)
     found = operands(unpack.CODEBOOK.value, weight, dtype, *byte_tables(LEVELS, dtype))
     assert torch.equal(found.view(torch.int16), weight.dequantize(dtype).view(torch.int16))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("seed", range(8))
+def test_words_of_4_bit_floats_unpack_to_these(dtype: torch.dtype, seed: int) -> None:
+    weight = one_tile(E2M1_LEVELS, seed)
+    assert weight.code_kind == "e2m1"
+    asm = unpack.E2M1_F16 if dtype == torch.float16 else unpack.E2M1_BF16
+    found = operands(asm.value, weight, dtype)
+    assert torch.equal(found.view(torch.int16), weight.dequantize(dtype).view(torch.int16))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_bytes_of_a_cache_widen_to_their_values(dtype: torch.dtype) -> None:
+    values = torch.arange(-128, 128, dtype=torch.int8)
+    asm = eight_bits.INT8_F16 if dtype == torch.float16 else eight_bits.INT8_BF16
+    # Of every byte in every place of a register.
+    for shift in range(4):
+        given = values.roll(shift)
+        registers = ptx.run(asm.value, 2, given.numpy().view(np.uint32))
+        pairs = np.stack(registers, -1).reshape(-1).view(np.int16)
+        assert torch.equal(torch.from_numpy(pairs).view(dtype), given.to(dtype))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

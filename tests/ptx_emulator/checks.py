@@ -29,7 +29,7 @@ from nybble.kernels.bench.gpu_lora import adapters
 from nybble.kernels.bench.gpu_section import BLOCK, error, in_8_bits, paged
 from nybble.kernels.lora import LoRASlots
 from nybble.kernels.lora_batch import LoRABatch
-from nybble.kernels.packed import INTEGER_LEVELS, SYMMETRIC_LEVELS, pack_nibbles
+from nybble.kernels.packed import E2M1_LEVELS, INTEGER_LEVELS, SYMMETRIC_LEVELS, pack_nibbles
 from nybble.kernels.reference import TokenChoice
 from nybble.kernels.triton import (
     activation,
@@ -57,13 +57,14 @@ Found = tuple[str, Tensor, Tensor]  # what was compared, the kernel's result, th
 
 def random_weight(kind: str, out: int, columns: int, group: int) -> PackedWeight:
     """With a bias; the columns in an order of their own where they are no multiple of 128."""
-    codebook, zeros = kind == "codebook", kind == "zeros"
+    zeros = kind == "zeros"
+    levels = {"codebook": LEVELS, "e2m1": E2M1_LEVELS, "zeros": INTEGER_LEVELS}
     groups = -(-columns // group)
     return PackedWeight(
         qweight=pack_nibbles(torch.randint(0, 16, (out, columns)).to(torch.uint8)),
         scales=(torch.rand(out, groups) / 16 + 0.01).half(),
         zeros=(torch.rand(out, groups) * 24 - 4).half() if zeros else None,
-        levels=LEVELS if codebook else INTEGER_LEVELS if zeros else SYMMETRIC_LEVELS,
+        levels=levels.get(kind, SYMMETRIC_LEVELS),
         out_features=out,
         in_features=columns,
         group_size=group,
@@ -86,7 +87,7 @@ def shipped(capability: int) -> Iterator[tuple[int, Config]]:
 
 def check_matmul(capability: int, everything: bool) -> Iterator[Found]:
     """Kinds of weights take turns, or not; dtypes and odd sizes do in any case."""
-    kinds = (("symmetric", 128), ("codebook", 64), ("zeros", 32), ("codebook", 16))
+    kinds = (("symmetric", 128), ("codebook", 64), ("e2m1", 32), ("zeros", 32), ("e2m1", 16))
     for number, (rows, config) in enumerate(shipped(capability)):
         for turn, (kind, group) in enumerate(kinds):
             if not everything and turn != number % len(kinds):
@@ -111,7 +112,7 @@ def check_matmul(capability: int, everything: bool) -> Iterator[Found]:
 
 def check_grouped(capability: int, everything: bool) -> Iterator[Found]:
     """Few rows, and each block size; rows spread over the experts, or all at the last two."""
-    kinds = (("symmetric", 128), ("codebook", 32), ("zeros", 32), ("symmetric", 64))
+    kinds = (("symmetric", 128), ("codebook", 32), ("zeros", 32), ("e2m1", 64))
     for number, (rows, experts) in enumerate(((3, 5), (24, 2), (40, 2), (9, 5))):
         for turn, (kind, group) in enumerate(kinds):
             if not everything and turn != number:
@@ -146,7 +147,7 @@ def _check_grouped_in_other_forms() -> Iterator[Found]:
     dense = [DenseWeight(torch.randn(80, 256).bfloat16(), torch.randn(80)) for _ in range(2)]
     weights: list[PackedWeight | DenseWeight] = list(dense)
     yield "experts 16 bits", *_grouped(x, ids, weights, [w.weight.double() for w in dense])
-    packed = [random_weight("codebook", 80, 256, 32) for _ in range(2)]
+    packed = [random_weight("e2m1", 80, 256, 32) for _ in range(2)]
     packed = [
         replace(w, scales=torch.randint(118, 126, w.scales.shape).to(torch.uint8)) for w in packed
     ]
@@ -165,7 +166,7 @@ def _grouped(
 
 
 def check_dequantize(capability: int, everything: bool) -> Iterator[Found]:
-    for kind, group in (("symmetric", 128), ("codebook", 64), ("zeros", 32), ("zeros", 16)):
+    for kind, group in (("codebook", 64), ("e2m1", 32), ("zeros", 32), ("zeros", 16)):
         weight = random_weight(kind, 80, 200, group)
         for layout in ("gpu_tiles", "gpu_gated_tiles"):
             found = dequantize.dequantize(weight.to_layout(layout), torch.bfloat16)
