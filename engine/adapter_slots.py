@@ -295,12 +295,12 @@ class AdapterSlots:
                 for place, slots in enumerate(self.projections)
                 for _ in slots.modules
             ]
-            whole = self._own_layout.size(most)
-            numbers = count * whole if device_bytes is None else device_bytes // dtype.itemsize
-            if numbers < whole:
+            largest = self._own_layout.size(most)
+            numbers = count * largest if device_bytes is None else device_bytes // dtype.itemsize
+            if numbers < largest:
                 raise ValueError(
                     f"device_bytes is {device_bytes}, but an adapter of rank {max_rank} on all "
-                    f"layers but experts takes {whole * dtype.itemsize}: raise it, or lower "
+                    f"layers but experts takes {largest * dtype.itemsize}: raise it, or lower "
                     "max_rank"
                 )
             self._memory = AdapterMemory(numbers, dtype, device)

@@ -113,7 +113,7 @@ class GrammarCompiler:
         makes the vocabulary quicker to read."""
         self._backend = tokenizer.backend_tokenizer
         known = None if base is None else base._vocabulary
-        self._vocabulary = _LazyVocabulary(tokenizer, vocab, eos_token_ids, known)
+        self._vocabulary: _LazyVocabulary = _LazyVocabulary(tokenizer, vocab, eos_token_ids, known)
         self._lead = ""
 
     def read_vocabulary(self) -> None:

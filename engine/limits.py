@@ -62,11 +62,10 @@ class Number:
 
     def taken(self, value: Any, part: str = "") -> Any:
         """part: of the parameter, that the value is."""
-        kind = Integral if self.whole else Real
-        if isinstance(value, bool) or not isinstance(value, kind):
+        if isinstance(value, bool) or not self._is_of_kind(value):
             raise _wrong(value, self._expected, part)
         if value in self.spelling:
-            return self.spelling[int(value)]
+            return self.spelling[value]
         # NaN is within no limits.
         low = value > self.lowest if self.above else value >= self.lowest
         if not low or not value <= (math.inf if self.highest is None else self.highest):
@@ -74,6 +73,9 @@ class Number:
         if isinstance(value, int | float):
             return value
         return int(value) if self.whole else float(value)  # NumPy's
+
+    def _is_of_kind(self, value: object) -> bool:
+        return isinstance(value, Integral if self.whole else Real)
 
     @property
     def _expected(self) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from nybble.loaders.errors import AdapterError
-from nybble.loaders.json_file import read_json_object
+from nybble.loaders.json_file import read_json_object, read_text
 
 TEMPLATE, TOKENIZER, GENERATION = (
     "chat_template.jinja",
@@ -56,7 +56,7 @@ def read_own_settings(folder: Path) -> OwnSettings:
 def _template(folder: Path) -> str | Mapping[str, str] | None:
     path = folder / TEMPLATE
     if path.is_file():
-        return path.read_text(encoding="utf-8")
+        return read_text(path)
     path = folder / TOKENIZER
     found = read_json_object(path).get("chat_template") if path.is_file() else None
     if found is None or isinstance(found, str):

@@ -1,10 +1,18 @@
-"""A model's small JSON files, with errors that name the file."""
+"""Small files of text and JSON, with errors that name the file."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 from typing import Any
+
+
+def read_text(path: Path) -> str:
+    """What a file says. Raises ValueError naming one that is not in UTF-8, and OSError."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is not a text in UTF-8") from None
 
 
 def read_json_object(path: Path) -> dict[str, Any]:

@@ -149,7 +149,7 @@ class Shards:
         path = self.folder / _INDEX
         try:
             weight_map: dict[str, str] = json.loads(path.read_text())["weight_map"]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise CheckpointError(f"{path} is not a safetensors index: {error!r}") from error
         return weight_map
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from nybble.loaders.json_file import read_text
 from nybble.loaders.tokenizer import load_tokenizer
 
 Part = Literal["calibration", "validation", "held-out"]
@@ -113,9 +114,9 @@ def text_tokens(
 
     model: the folder of the tokenizer.
     running: take windows in order from the text's beginning; otherwise at random places.
-    Raises ValueError if the text is too short.
+    Raises ValueError if the text is too short or not in UTF-8.
     """
-    content = standard_library_text(part) if text is None else text.read_text(encoding="utf-8")
+    content = standard_library_text(part) if text is None else read_text(text)
     tokenizer = load_tokenizer(model)
     if not running:
         return token_windows(tokenizer, content, samples=samples, length=length)

@@ -144,20 +144,29 @@ ALL_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj
 
 
 def write_tiny_adapter(
-    folder: Path, model: Path, *, seed: int = 0, steps: int = 3, **options: object
+    folder: Path,
+    model: Path,
+    *,
+    seed: int = 0,
+    steps: int = 3,
+    ia3: bool = False,
+    **options: object,
 ) -> Path:
     """Train a LoRA on the tiny model ``model`` with peft and save it to ``folder``; returns it.
 
     A few steps at a high rate towards random text, so that it visibly changes what the model says.
-    ``options`` are LoraConfig's; by default rank 4, alpha 8, on all projections.
+    ``options`` are LoraConfig's; by default rank 4, alpha 8, on all projections. ia3: train (IA)³
+    instead; they are IA3Config's, by default all projections and the inputs of down_proj.
     """
-    from peft import LoraConfig, get_peft_model
+    from peft import IA3Config, LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(seed)
-    settings = {"r": 4, "lora_alpha": 8, "target_modules": list(ALL_PROJECTIONS)} | options
+    kind = IA3Config if ia3 else LoraConfig
+    own = {"feedforward_modules": ["down_proj"]} if ia3 else {"r": 4, "lora_alpha": 8}
+    settings = {"target_modules": list(ALL_PROJECTIONS)} | own | options
     base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    adapted = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", **settings))
+    adapted = get_peft_model(base, kind(task_type="CAUSAL_LM", **settings))
     trained = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
     optimizer = torch.optim.Adam(trained, lr=0.03)
     text = torch.randint(3, base.config.vocab_size, (2, 24))

@@ -21,7 +21,13 @@ from tokenizers import AddedToken, Tokenizer
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 
 from nybble.engine import (
     AdapterConfig,
@@ -70,8 +76,13 @@ def _write_model(folder: Path, tokens: int) -> None:
         tie_word_embeddings=True,
         eos_token_id=tokens + 1,
     )
-    AutoModelForCausalLM.from_config(config).to(torch.bfloat16).save_pretrained(folder)
-    fast = PreTrainedTokenizerFast(tokenizer_object=_tokenizer(tokens), eos_token="</s>")
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+        config, dtype=torch.bfloat16
+    )
+    model.save_pretrained(folder)
+    fast: PreTrainedTokenizerBase = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+        tokenizer_object=_tokenizer(tokens), eos_token="</s>"
+    )
     fast.save_pretrained(folder)
 
 

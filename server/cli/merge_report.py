@@ -17,6 +17,7 @@ from nybble.loaders import (
     resolve_model,
 )
 from nybble.loaders.adapter_combine import Combination
+from nybble.loaders.json_file import read_text
 from nybble.loaders.tokenizer import load_tokenizer
 from nybble.models import architecture_of
 from nybble.quantizers import MergedLayer, merge_adapter, merge_divergence
@@ -92,7 +93,7 @@ def measured_text(source: Path, text: Path | None) -> Tensor:
     if text is None:
         return text_tokens(source, None, "held-out", _TEXT_SAMPLES, _TEXT_LENGTH).flatten()
     tokenizer = load_tokenizer(source)
-    ids = token_ids(tokenizer, text.read_text(encoding="utf-8"))
+    ids = token_ids(tokenizer, read_text(text))
     if not len(ids):
         raise ValueError(f"{text} is empty")
     return ids[: _TEXT_SAMPLES * _TEXT_LENGTH]

@@ -30,8 +30,8 @@ def read_aliases(path: Path | None) -> dict[str, str]:
     if path is None and not file.is_file():
         return {}
     try:
-        table = tomllib.loads(file.read_text())
-    except (OSError, tomllib.TOMLDecodeError) as error:
+        table = tomllib.loads(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ModelNotFoundError(f"the alias file {file} cannot be read: {error}") from error
     for alias, target in table.items():
         if not isinstance(target, str):

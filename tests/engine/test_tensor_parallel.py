@@ -336,8 +336,8 @@ def test_gains_and_biases_of_adapters_are_cut_along_their_outputs(
     ranks: Ranks,
     name: str,
 ) -> None:
-    """DoRA and biases, on layers that are computed together and on single ones; through two slots
-    beside a plain adapter. They change what is said."""
+    """DoRA, (IA)³ and biases, on layers that are computed together and on single ones; through two
+    slots beside a plain adapter. They change what is said."""
     kinds: dict[str, dict[str, Any]] = {
         "dora": {"use_dora": True},
         "dora on some": {"use_dora": True, "target_modules": ["k_proj", "v_proj", "up_proj"]},
@@ -348,6 +348,8 @@ def test_gains_and_biases_of_adapters_are_cut_along_their_outputs(
         },
         "lora_bias": {"lora_bias": True},
         "all": {"bias": "all", "target_modules": ["k_proj", "o_proj"]},
+        "ia3": {"ia3": True},
+        "ia3 on some": {"ia3": True, "target_modules": ["k_proj", "v_proj", "down_proj"]},
         "plain": {},
     }
     adapters = {}
@@ -368,11 +370,11 @@ def test_gains_and_biases_of_adapters_are_cut_along_their_outputs(
 
 
 def _shake(folder: Path, seed: int) -> None:
-    """Make an adapter's magnitudes, biases and norms far from the base's."""
+    """Make an adapter's magnitudes, factors, biases and norms far from the base's."""
     file = folder / "adapter_model.safetensors"
     tensors, generator = load_file(file), torch.Generator().manual_seed(seed)
     for name, tensor in tensors.items():
-        if "magnitude" in name or "norm" in name:
+        if any(part in name for part in ("magnitude", "ia3_l", "norm")):
             tensor *= 0.5 + torch.rand(tensor.shape, generator=generator)
         elif name.endswith("bias"):
             tensor += 0.3 * torch.randn(tensor.shape, generator=generator)

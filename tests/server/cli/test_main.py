@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -139,6 +140,33 @@ def test_expected_errors_are_one_line_and_exit_code_1(
     assert (full / "precious").read_text() == "x"
 
 
+def test_a_file_which_is_not_in_utf_8_is_named(
+    tiny_model: Callable[..., Path], tiny_adapter: Callable[..., Path], tmp_path: Path
+) -> None:
+    latin, out, model, adapter = tmp_path / "latin", tmp_path / "out", tiny_model(), tiny_adapter()
+    latin.write_bytes("größer".encode("latin-1"))
+    own_template = Path(shutil.copytree(adapter, tmp_path / "adapter"))
+    template = own_template / "chat_template.jinja"
+    template.write_bytes(latin.read_bytes())
+    index = Path(shutil.copytree(model, tmp_path / "model")) / "model.safetensors.index.json"
+    index.write_bytes(latin.read_bytes())
+    cases: list[tuple[Path, tuple[object, ...]]] = [
+        (latin, ("quantize", "--format", "gptq", "--text", latin, model, out)),
+        (latin, ("eval", model, model, "--text", latin)),
+        (latin, ("merge", model, adapter, out, "--text", latin)),
+        (latin, ("merge", model, adapter, out, "--calibration", latin, "--out", "gptq")),
+        (latin, ("eval-adapter", model, adapter, "--text", latin)),
+        (latin, ("inspect", "x", "--aliases", latin)),
+        (index, ("inspect", index.parent)),
+        (template, ("serve", model, "--port", 0, "--lora-modules", f"x={own_template}")),
+    ]
+    for file, arguments in cases:
+        result = nybble(*arguments)
+        lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+        assert (result.exit_code, len(lines)) == (1, 1), (arguments, result.output)
+        assert str(file) in lines[0], arguments
+
+
 def test_what_options_name_is_looked_at_before_the_model_is_loaded(
     tiny_model: Callable[..., Path],
     tiny_adapter: Callable[..., Path],
@@ -166,7 +194,7 @@ def test_what_options_name_is_looked_at_before_the_model_is_loaded(
         (("--config", config), f"--lora-modules: adapter '{absent}/adapter': there is no {absent}"),
         (("--merge-adapter", absent), f"--merge-adapter: adapter '{absent}': there is no {absent}"),
         (("--draft-model", absent), f"model '{absent}': there is no {absent}"),
-        (("--chat-template", latin), f"--chat-template {latin} is not a text in UTF-8"),
+        (("--chat-template", latin), f"the chat template {latin} is not a text in UTF-8"),
         (("--lora-source", absent), f"--lora-source '{absent}': there is no folder {absent}"),
         (("--response-store", file / "x.db"), f"--response-store: {file} cannot be made"),
         (("--response-store", file), "cannot be used: file is not a database"),
@@ -272,6 +300,7 @@ def test_the_model_may_be_said_by_name_alone() -> None:
         "pack {} OUT",
         "inspect {}",
         "merge {} ADAPTER OUT",
+        "eval-adapter {} ADAPTER",
         "quantize {} OUT --format nf4",
         "finetune {} DATA OUT",
         "qat {} DATA OUT",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -54,6 +55,24 @@ def test_calibrated_quantization_then_evaluation(
     assert "÷ gptq" in table[0]
     refused = CliRunner().invoke(app, ["eval", *map(str, models), "--baseline", "c"])
     assert "--baseline c is not one of the models to compare" in refused.output
+
+
+def test_the_cost_of_8_bits_is_far_below_what_the_adapter_changes(
+    tiny_model: Callable[..., Path],
+    tiny_adapter: Callable[..., Path],
+    tiny_token_adapter: Callable[..., Path],
+    tmp_path: Path,
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT)
+    for adapter in (tiny_adapter(), tiny_token_adapter(), tiny_adapter(ia3=True)):
+        said = nybble("eval-adapter", tiny_model(), adapter, "--text", text).stdout
+        pattern = rf" tokens of {text}: (\S+) nats a token; without the adapter it is (\S+)\n"
+        found = re.search(pattern, said)
+        assert found is not None, said
+        cost, effect = map(float, found.groups())
+        # The factors of (IA)³ are not rounded.
+        assert 0 <= cost < 0.1 * effect
 
 
 @pytest.mark.parametrize(
