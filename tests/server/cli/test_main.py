@@ -76,7 +76,8 @@ def test_a_target_with_content_is_refused_before_any_work(
     def begun(*_: object, **__: object) -> None:
         raise AssertionError("work has begun")
 
-    for module in ("quantizers.corpus", "server.cli.merge_report"):
+    # First what imports the other: it would take the replacement, and keep it for later tests.
+    for module in ("server.cli.merge_report", "quantizers.corpus"):
         monkeypatch.setattr(f"nybble.{module}.text_tokens", begun)
     adapter = ("adapter",) if arguments == ("merge",) else ()
     result = nybble(*arguments, tiny_model(), *adapter, tmp_path)
