@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -235,11 +235,13 @@ class Streams:
             thread.join()
 
 
-def kill_under_load(site: Site, of: Callable[[int], int]) -> list[dict[str, str]]:
+def kill_under_load(
+    site: Site, of: Callable[[int], int], statuses: Sequence[int] = (200,)
+) -> list[dict[str, str]]:
     """Kill a process of the first server, which is started again; the errors of its streams.
 
     of: which process, given the server's. Streams that began cannot be taken over: their clients
-    are told. All others get what they asked for.
+    are told. All others get one of ``statuses``.
     """
     models = [f"a{i}" for i in range(8)]
     for model in models:
@@ -257,7 +259,8 @@ def kill_under_load(site: Site, of: Callable[[int], int]) -> list[dict[str, str]
     assert killed
     assert {model for model, last in streams.last.items() if last != "[DONE]"} == killed
     assert site.pids()[0] != victim
-    assert set(load.statuses) == {200}
+    assert 200 in load.statuses
+    assert set(load.statuses) <= set(statuses)
     return [json.loads(streams.last[model])["error"] for model in killed]
 
 
@@ -424,7 +427,11 @@ def test_a_rolling_restart_loses_nothing(site: Site) -> None:
 @pytest.mark.slow
 @needs_haproxy
 def test_a_killed_rank_is_a_killed_server(options: list[str]) -> None:
-    """Of servers that two ranks compute; of rank 0 it is the keeper which tells."""
+    """Of servers that two ranks compute; of rank 0 it is the keeper which tells.
+
+    A server outlives its rank 1 for as long as it takes to tell its clients. What was in the failed
+    step may be what made it fail, so that no other server is given it: 500.
+    """
 
     def rank_1(server: int) -> int:
         found = subprocess.run(
@@ -435,12 +442,12 @@ def test_a_killed_rank_is_a_killed_server(options: list[str]) -> None:
         return int(found.stdout)
 
     with running_site(2, "http", *options, "--tensor-parallel-size", "2") as site:
-        for of, said in (
-            (rank_1, "rank 1 was ended by SIGKILL"),
-            (lambda server: server, "the server was killed"),
+        for of, said, statuses in (
+            (rank_1, "rank 1 was ended by SIGKILL", (200, 500)),
+            (lambda server: server, "the server was killed", (200,)),
         ):
             other = rank_1(site.pids()[0])
-            errors = kill_under_load(site, of)
+            errors = kill_under_load(site, of, statuses)
             assert {error["code"] for error in errors} == {"engine_failed"}
             assert all(said in error["message"] for error in errors)
             with pytest.raises(ProcessLookupError):
