@@ -28,7 +28,7 @@ from nybble.loaders.safetensors_file import write_safetensors
 from nybble.loaders.shards import Shards
 
 HEADER = "nybble.json"
-VERSION = 2
+VERSION = 3  # higher whenever what is stored in a layout changes
 # Tensor names of each kind of weight: required, optional.
 _TENSORS = {
     "tensor": (("value",), ()),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -14,9 +15,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from nybble.kernels import DenseWeight, PackedWeight
+from nybble.kernels.layout import CodeKind, Layout, from_rows
 from nybble.loaders import CheckpointError, open_checkpoint, save_packed
 from nybble.loaders.inspect import inspect_checkpoint
-from nybble.loaders.packed_file import PackedCheckpoint
+from nybble.loaders.packed_file import VERSION, PackedCheckpoint
 from nybble.quantizers import InFlight, quantize_checkpoint
 
 
@@ -116,7 +118,7 @@ def test_a_newer_version_is_refused(tmp_path: Path, tiny_model: Callable[..., Pa
     save_packed(open_checkpoint(tiny_model()), tmp_path / "p", layout="rows", progress=False)
     header = json.loads((tmp_path / "p" / "nybble.json").read_text())
     (tmp_path / "p" / "nybble.json").write_text(json.dumps(header | {"version": 99}))
-    with pytest.raises(CheckpointError, match="has version 99, expected 2: pack it again"):
+    with pytest.raises(CheckpointError, match=f"has version 99, expected {VERSION}: pack it again"):
         open_checkpoint(tmp_path / "p")
 
 
@@ -230,3 +232,23 @@ def test_a_folder_gets_its_name_once_all_of_it_is_on_the_disk(
     monkeypatch.setattr("nybble.loaders.packed_file.os.fsync", fsync)
     save_packed(open_checkpoint(tiny_model()), tmp_path / "p", layout="rows", progress=False)
     assert synced == {"p.partial", *(path.name for path in (tmp_path / "p").iterdir())}
+
+
+@pytest.mark.parametrize(
+    ("layout", "kind", "digest"),
+    [
+        ("cpu_tiles", "integer", "444a4b2343f61646"),
+        ("gpu_tiles", "integer", "b73943ee2720220b"),
+        ("gpu_gated_tiles", "integer", "c4d9e363d9bbdb76"),
+        ("gpu_tiles", "codebook", "e5a73ae09c4f4794"),
+        ("gpu_tiles", "e2m1", "d33797256f83d6b0"),
+    ],
+)
+def test_what_a_version_stores_of_the_same_codes(
+    layout: Layout, kind: CodeKind, digest: str
+) -> None:
+    """If a digest changes, files in the cache would be misread: raise VERSION with it."""
+    assert VERSION == 3
+    qweight = ((torch.arange(128 * 64) * 2654435761) >> 7).to(torch.uint8).view(128, 64)
+    stored, _, _ = from_rows(layout, qweight, torch.ones(128, 1), None, kind)
+    assert hashlib.sha256(stored.contiguous().numpy().tobytes()).hexdigest()[:16] == digest
