@@ -144,11 +144,8 @@ class TileProduct {
         unpack<T>(tile, spans_[0], weights[0]);
         for (int64_t s = 0; s < count; ++s) {
             const Span& span = spans_[s];
-            Floats scales[T], zeros[T];
-            for (int t = 0; t < T; ++t) {
-                scales[t] = a.scale(tile + t, span.group);
-                if (a.zeros) zeros[t] = a.zero_point(tile + t, span.group);
-            }
+            Scaling scaling[T];
+            for (int t = 0; t < T; ++t) scaling[t] = a.scaling(tile + t, span.group);
             for (int64_t r = 0; r < rows; r += 16) {
                 const int64_t some = std::min<int64_t>(16, rows - r);
                 shapes.set_rows(some);
@@ -159,9 +156,9 @@ class TileProduct {
                 for (int64_t i = 0; i < some; ++i)
                     for (int t = 0; t < T; ++t) {
                         Floats sum = load(sums + (t * 16 + i) * 16);
-                        if (of_x) sum = fnma(zeros[t], broadcast(of_x[i]), sum);
+                        if (of_x) sum = fnma(scaling[t].zero, broadcast(of_x[i]), sum);
                         float* total = totals + ((r + i) * T + t) * 16;
-                        store(total, fma(scales[t], sum, load(total)));
+                        store(total, fma(scaling[t].scale, sum, load(total)));
                     }
             }
         }
@@ -189,12 +186,12 @@ class TileProduct {
                 const int64_t last = std::min(span.octets, first + kStepOctets);
                 for (int64_t o = first; o < last; ++o) {
                     const int64_t octet = span.first + o;
-                    const int64_t ahead = prefetched<T, Codes::kDigits>(octet, a.octets);
+                    const Prefetch<T, Codes::kDigits> fetch(octet, a.octets);
                     typename Codes::Octet packed[T];
                     for (int t = 0; t < T; ++t) {
                         const uint8_t* at_octet = a.codes_of(tile + t) + octet * 64;
                         packed[t] = decoder_.load(at_octet, digit);
-                        for (int d = 0; d < Codes::kDigits; ++d) prefetch(at_octet + d * digit + ahead);
+                        fetch(at_octet);
                     }
                     add_pair<0, T>(packed, x + o * 8, evens, even, odd);
                     add_pair<1, T>(packed, x + o * 8, evens, even, odd);
@@ -203,10 +200,11 @@ class TileProduct {
                 }
                 for (int t = 0; t < T; ++t) sums[t] = sums[t] + (Floats{even[t]} + Floats{odd[t]});
             }
+#pragma GCC unroll 4
             for (int t = 0; t < T; ++t) {
-                if (a.zeros)
-                    sums[t] = fnma(a.zero_point(tile + t, span.group), broadcast(span_sums_[s]), sums[t]);
-                totals[t] = fma(a.scale(tile + t, span.group), sums[t], totals[t]);
+                const Scaling scaling = a.scaling(tile + t, span.group);
+                if (a.zeros) sums[t] = fnma(scaling.zero, broadcast(span_sums_[s]), sums[t]);
+                totals[t] = fma(scaling.scale, sums[t], totals[t]);
             }
         }
         for (int t = 0; t < T; ++t) store_tile(a, 0, tile + t, totals[t]);
@@ -242,8 +240,8 @@ class TileProduct {
         };
         for (int64_t octet = span.first; octet < span.first + span.octets; ++octet) {
             const uint8_t* at_octet = codes + octet * 64;
-            const int64_t ahead = prefetched<T, Codes::kDigits>(octet, a.octets);
-            for (int d = 0; d < Codes::kDigits; ++d) prefetch(at_octet + d * digit + ahead);
+            const Prefetch<T, Codes::kDigits> fetch(octet, a.octets);
+            fetch(at_octet);
             const auto packed = decoder_.load(at_octet, digit);
             put(decoder_.template pair<0>(packed));
             put(decoder_.template pair<1>(packed));

@@ -10,14 +10,6 @@
 
 namespace nybble {
 
-// total + scale · (sum − zero · Σx): one group's part of one tile of one row.
-inline Floats add_group(const PackedArgs& a, const float* group_sums, int64_t row, int64_t tile,
-                        int64_t group, Floats sum, Floats total) {
-    if (a.zeros)
-        sum = fnma(a.zero_point(tile, group), broadcast(group_sums[row * a.groups + group]), sum);
-    return fma(a.scale(tile, group), sum, total);
-}
-
 inline float sum_of(const bf16* x, int64_t count) {
     Floats total = zero();
     int64_t k = 0;
@@ -115,12 +107,11 @@ void packed_block(const PackedArgs& a, const float* group_sums, const Codes& dec
         const int64_t last = std::min(a.octets, first + a.octets_per_group);
         for (int64_t octet = first; octet < last; ++octet) {
             typename Codes::Octet packed[T];
-            const int64_t ahead = prefetched<T, Codes::kDigits>(octet, a.octets);
+            const Prefetch<T, Codes::kDigits> fetch(octet, a.octets);
             for (int t = 0; t < T; ++t) {
                 const uint8_t* at_octet = codes[t] + octet * 64;
                 packed[t] = decoder.load(at_octet, digit);
-                if (R <= 4)
-                    for (int d = 0; d < Codes::kDigits; ++d) prefetch(at_octet + d * digit + ahead);
+                fetch(at_octet);
             }
 #define NYBBLE_PAIR(s)                                                                          \
     {                                                                                           \
@@ -139,9 +130,20 @@ void packed_block(const PackedArgs& a, const float* group_sums, const Codes& dec
             NYBBLE_PAIR(3)
 #undef NYBBLE_PAIR
         }
-        for (int t = 0; t < T; ++t)
-            for (int r = 0; r < R; ++r)
-                total[r][t] = add_group(a, group_sums, row + r, tile + t, group, {sum[r][t]}, total[r][t]);
+        // total + scale · (sum − zero · Σx). Unrolled, or else GCC takes the sums to memory for it.
+        Scaling scaling[T];
+#pragma GCC unroll 4
+        for (int t = 0; t < T; ++t) scaling[t] = a.scaling(tile + t, group);
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) {
+            if (a.zeros) {
+                const Floats of_x = broadcast(group_sums[(row + r) * a.groups + group]);
+#pragma GCC unroll 4
+                for (int t = 0; t < T; ++t) sum[r][t] = fnma(scaling[t].zero, of_x, {sum[r][t]}).v;
+            }
+#pragma GCC unroll 4
+            for (int t = 0; t < T; ++t) total[r][t] = fma(scaling[t].scale, {sum[r][t]}, total[r][t]);
+        }
     }
     for (int t = 0; t < T; ++t)
         for (int r = 0; r < R; ++r) store_tile(a, row + r, tile + t, total[r][t]);
@@ -159,10 +161,8 @@ class Product {
 
     void tiles(int64_t tile, int64_t count, float*) const {
         int64_t row = 0;
-        for (; row + 10 <= a.rows; row += 10) rows<10>(row, tile, count);
+        for (; row + 8 <= a.rows; row += 8) rows<8>(row, tile, count);
         switch (a.rows - row) {
-            case 9: return rows<9>(row, tile, count);
-            case 8: return rows<8>(row, tile, count);
             case 7: return rows<7>(row, tile, count);
             case 6: return rows<6>(row, tile, count);
             case 5: return rows<5>(row, tile, count);

@@ -220,8 +220,7 @@ class Product {
     }
 
     void prefetch_ahead(const uint8_t* codes, int64_t octet) const {
-        const int64_t ahead = prefetched<1, Codes::kDigits>(octet, a.octets);
-        for (int d = 0; d < Codes::kDigits; ++d) prefetch(codes + (octet + d * a.octets) * 64 + ahead);
+        Prefetch<1, Codes::kDigits>(octet, a.octets)(codes + octet * 64);
     }
 
     template <int H, int R>
@@ -253,11 +252,13 @@ class Product {
                 add_half<0>(at, x, sums);
                 add_half<1>(at, x, sums);
             }
+            const Scaling scaling = a.scaling(tile, span.group);
+#pragma GCC unroll 4
             for (int r = 0; r < R; ++r) {
                 const int32_t of_highs = of_highs_[index * a.rows + row + r];
                 const Ints sum =
                     four_ints([&](int i) { return Codes::total(sums[r][i], of_highs); });
-                total[r] = spans_.add(index, row + r, tile, sum, total[r]);
+                total[r] = spans_.add(index, row + r, scaling, sum, total[r]);
             }
         }
         for (int r = 0; r < R; ++r) store_tile(a, row + r, tile, total[r]);
@@ -306,9 +307,10 @@ class Product {
                 }
                 for (int r = 0; r < 2; ++r) both[r][i] = Codes::total(rows[r], of_highs[r]);
             }
+            const Scaling scaling = a.scaling(tile, span.group);
             for (int r = 0; r < 2; ++r) {
                 const Ints sum = four_ints([&](int i) { return both[r][i]; });
-                total[r] = spans_.add(index, row + r, tile, sum, total[r]);
+                total[r] = spans_.add(index, row + r, scaling, sum, total[r]);
             }
         }
         for (int r = 0; r < 2; ++r) store_tile(a, row + r, tile, total[r]);

@@ -214,21 +214,26 @@ class Product {
                 for (auto& t : r) t = broadcast_int(0);
             for (int64_t octet = 0; octet < span.octets; ++octet) {
                 typename Codes::Octet packed[T];
-                const int64_t ahead =
-                    prefetched<T, Codes::kDigits>(span.first + octet, a.octets);
+                const Prefetch<T, Codes::kDigits> fetch(span.first + octet, a.octets);
                 for (int t = 0; t < T; ++t) {
                     const uint8_t* at_octet = codes[t] + (span.first + octet) * 64;
                     packed[t] = codes_.load(at_octet, digit);
-                    for (int d = 0; d < Codes::kDigits; ++d) prefetch(at_octet + d * digit + ahead);
+                    fetch(at_octet);
                 }
                 add_pairs<0, R, T>(packed, x + octet * 8, span.octets * 8, sum);
                 add_pairs<2, R, T>(packed, x + octet * 8, span.octets * 8, sum);
                 add_pairs<1, R, T>(packed, x + octet * 8, span.octets * 8, sum);
                 add_pairs<3, R, T>(packed, x + octet * 8, span.octets * 8, sum);
             }
-            for (int t = 0; t < T; ++t)
-                for (int r = 0; r < R; ++r)
-                    total[r][t] = spans_.add(index, row + r, tile + t, sum[r][t], total[r][t]);
+            // Unrolled, or else GCC takes the sums to memory for it.
+            Scaling scaling[T];
+#pragma GCC unroll 4
+            for (int t = 0; t < T; ++t) scaling[t] = a.scaling(tile + t, span.group);
+#pragma GCC unroll 8
+            for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+                for (int t = 0; t < T; ++t)
+                    total[r][t] = spans_.add(index, row + r, scaling[t], sum[r][t], total[r][t]);
         }
         for (int t = 0; t < T; ++t)
             for (int r = 0; r < R; ++r) store_tile(a, row + r, tile + t, total[r][t]);
@@ -254,14 +259,15 @@ class Product {
             const Span& span = spans_[index];
             for (int64_t t = 0; t < count; ++t) {
                 unpack(span, tile + t, buffer);
+                const Scaling scaling = a.scaling(tile + t, span.group);
                 float* of_tile = totals + t * rows * 16;
                 int64_t r = 0;
                 for (; r + kBlock <= rows; r += kBlock)
-                    block<kBlock>(index, row + r, tile + t, buffer, of_tile + r * 16);
+                    block<kBlock>(index, row + r, scaling, buffer, of_tile + r * 16);
                 for (; r + 2 <= rows; r += 2)
-                    block<2>(index, row + r, tile + t, buffer, of_tile + r * 16);
+                    block<2>(index, row + r, scaling, buffer, of_tile + r * 16);
                 for (; r < rows; ++r)
-                    block<1>(index, row + r, tile + t, buffer, of_tile + r * 16);
+                    block<1>(index, row + r, scaling, buffer, of_tile + r * 16);
             }
         }
         for (int64_t t = 0; t < count; ++t)
@@ -289,7 +295,7 @@ class Product {
 
     // R rows against an unpacked span (pairs, 16), added to totals (R, 16).
     template <int R>
-    void block(int64_t index, int64_t row, int64_t tile, const float* pairs,
+    void block(int64_t index, int64_t row, const Scaling& scaling, const float* pairs,
                float* totals) const {
         const Span& span = spans_[index];
         Ints sum[R];
@@ -301,9 +307,10 @@ class Product {
             for (int r = 0; r < R; ++r)
                 sum[r] = add_products(sum[r], w, pair_of(x + r * stride + 2 * k));
         }
+#pragma GCC unroll 12
         for (int r = 0; r < R; ++r)
             store(totals + r * 16,
-                  spans_.add(index, row + r, tile, sum[r], load(totals + r * 16)));
+                  spans_.add(index, row + r, scaling, sum[r], load(totals + r * 16)));
     }
 };
 

@@ -190,11 +190,8 @@ class ByteProduct {
             const Span& span = x_[index];
             ByteSums<R * T> sums;
             for (int64_t octet = span.first; octet < span.first + span.octets; ++octet) {
-                const int64_t ahead = prefetched<T, Codes::kDigits>(octet, a.octets);
-                if (R <= 4)
-                    for (int t = 0; t < T; ++t)
-                        for (int d = 0; d < Codes::kDigits; ++d)
-                            prefetch(codes[t] + octet * 64 + d * digit + ahead);
+                const Prefetch<T, Codes::kDigits> fetch(octet, a.octets);
+                for (int t = 0; t < T; ++t) fetch(codes[t] + octet * 64);
                 half<0, R, T>(codes, octet, digit, x, sums);
                 half<1, R, T>(codes, octet, digit, x, sums);
                 sums.next();
@@ -221,15 +218,17 @@ class ByteProduct {
     template <int R, int T>
     void add_span(int64_t row, int64_t tile, int64_t index, int64_t group,
                   const ByteSums<R * T>& sums, Floats (&total)[R][T]) const {
+        // Unrolled, or else GCC takes the sums to memory for it.
+#pragma GCC unroll 4
         for (int t = 0; t < T; ++t) {
-            const Floats scale = a.scale(tile + t, group);
-            Floats base = broadcast(codes_.base);
-            if (a.zeros) base = base - a.zero_point(tile + t, group);
+            const Scaling scaling = a.scaling(tile + t, group);
+            const Floats base = broadcast(codes_.base) - scaling.zero;
+#pragma GCC unroll 4
             for (int r = 0; r < R; ++r) {
                 const Floats factor = broadcast(x_.factor(row + r, index) * codes_.step());
                 const Floats of_x = broadcast(x_.sum(row + r, index));
                 const Floats value = fma(base, of_x, to_floats(sums[r * T + t]) * factor);
-                total[r][t] = fma(scale, value, total[r][t]);
+                total[r][t] = fma(scaling.scale, value, total[r][t]);
             }
         }
     }

@@ -15,7 +15,7 @@ enum ScaleType { kFloat16 = 0, kBFloat16 = 1, kFloat32 = 2, kExponents = 3 };
 // What the kernels subtract from a code of two digits, which has no zero of its own: 16 · 8 + 8.
 constexpr int kByteCenter = 136;
 
-inline Floats load_scales(const void* base, int64_t index, int type) {
+NYBBLE_INLINE Floats load_scales(const void* base, int64_t index, int type) {
     switch (type) {
         case kFloat16: return load_fp16(static_cast<const uint16_t*>(base) + index);
         case kBFloat16: return load_bf16(static_cast<const bf16*>(base) + index);
@@ -23,6 +23,11 @@ inline Floats load_scales(const void* base, int64_t index, int type) {
         default: return load(static_cast<const float*>(base) + index);
     }
 }
+
+// What the codes of a group of a tile stand for: scale · (code − zero).
+struct Scaling {
+    Floats scale, zero;
+};
 
 // If an 8-bit weight is computed in one pass, its high and low digits are not columns of their own:
 // `digits` is 2, and columns, octets and groups are those of one digit.
@@ -41,16 +46,23 @@ struct PackedArgs {
     const uint8_t* codes_of(int64_t tile) const { return codes + tile * digits * octets * 64; }
 
     // The scale of a whole code is that of its low digit.
-    Floats scale(int64_t tile, int64_t group) const {
+    NYBBLE_INLINE Floats scale(int64_t tile, int64_t group) const {
         return load_scales(scales, at(tile, digits - 1, group), scale_type);
     }
 
     // What is to be subtracted from a code; a code of two digits is less kByteCenter already.
-    Floats zero_point(int64_t tile, int64_t group) const {
+    NYBBLE_INLINE Floats zero_point(int64_t tile, int64_t group) const {
         const Floats low = load_scales(zeros, at(tile, digits - 1, group), scale_type);
         if (digits == 1) return low;
         const Floats high = load_scales(zeros, at(tile, 0, group), scale_type);
         return fma(high, broadcast(16), low) - broadcast(kByteCenter);
+    }
+
+    // For all rows of a block at once. The zero is 0 if there are none.
+    NYBBLE_INLINE Scaling scaling(int64_t tile, int64_t group) const {
+        Scaling scaling{scale(tile, group), zero()};
+        if (zeros) scaling.zero = zero_point(tile, group);
+        return scaling;
     }
 
    private:
@@ -83,14 +95,36 @@ inline void store_tile(const PackedArgs& a, int64_t row, int64_t tile, Floats to
     store_bf16_first(a.out + row * a.outputs + first, total, count);
 }
 
-// How many bytes after an octet of T tiles, which are read side by side, that lies which is read so
-// many octets later as memory needs: in the next T tiles if there are no more octets in these.
+// Fetches from memory what T tiles, which are read side by side, have behind an octet: in the next T
+// tiles if there are no more octets in these. What is needed in a moment goes to the first-level cache,
+// whose requests are too few for memory; what is needed later, to the second. Of tiles as short as a
+// small model's, processors do not foresee enough by themselves.
 template <int T, int Digits>
-int64_t prefetched(int64_t octet, int64_t octets) {
-    constexpr int64_t kOctets = 24;
-    const int64_t skipped = octet + kOctets < octets ? 0 : (T * Digits - 1) * octets;
-    return (kOctets + skipped) * 64;
-}
+class Prefetch {
+   public:
+    Prefetch(int64_t octet, int64_t octets)
+        : digit_(octets * 64), soon_(after(octet, octets, std::min(kSoon, octets))),
+          later_(after(octet, octets, std::min(kLater, octets))) {}
+
+    void operator()(const uint8_t* octet) const {
+        for (int d = 0; d < Digits; ++d) {
+            prefetch(octet + d * digit_ + soon_);
+            prefetch_later(octet + d * digit_ + later_);
+        }
+    }
+
+   private:
+    // In octets; the second is 24 KiB of all tiles.
+    static constexpr int64_t kSoon = 8, kLater = (24 << 10) / (64 * T * Digits);
+
+    const int64_t digit_, soon_, later_;
+
+    // Bytes to what is read so many octets later.
+    static int64_t after(int64_t octet, int64_t octets, int64_t distance) {
+        const int64_t skipped = octet + distance < octets ? 0 : (T * Digits - 1) * octets;
+        return (distance + skipped) * 64;
+    }
+};
 
 // Whether levels are consecutive whole numbers, the first of at most 15 in size.
 inline bool are_integers(const float* levels) {

@@ -150,16 +150,14 @@ class Spans {
 
     // total + scale · (Σ (code + offset) · x − zero · Σx), of one span of one tile of one row; `sum`
     // is Σ code · x.
-    Floats add(int64_t index, int64_t row, int64_t tile, Ints sum, Floats total) const {
-        const int64_t group = spans_[index].group;
+    Floats add(int64_t index, int64_t row, const Scaling& scaling, Ints sum, Floats total) const {
         const int32_t of_x = sums_[index * a.rows + row];
         const float factor = factors_[index * a.rows + row];
         if (offset_) sum = sum + broadcast_int(offset_ * of_x);
         Floats value = to_floats(sum) * broadcast(factor * unit_);
         if (a.zeros)
-            value = fnma(a.zero_point(tile, group),
-                         broadcast(static_cast<float>(of_x) * factor), value);
-        return fma(a.scale(tile, group), value, total);
+            value = fnma(scaling.zero, broadcast(static_cast<float>(of_x) * factor), value);
+        return fma(scaling.scale, value, total);
     }
 
    private:
