@@ -52,7 +52,7 @@ constexpr int64_t kTilesAtATime = 4;
 // for memory, which is best read in long pieces: what lies behind a piece is prefetched too, in vain if
 // another thread takes it. Tasks enough are left that all threads end together.
 inline int64_t tiles_of_task(int64_t tiles, int64_t octets, int threads) {
-    constexpr int64_t kOctets = 4096, kTasksOfThread = 16;
+    constexpr int64_t kOctets = 8192, kTasksOfThread = 8;
     const int64_t wanted = std::min(kOctets / std::max<int64_t>(octets, 1),  // there may be no rows
                                     tiles / (kTasksOfThread * threads));
     return std::max(kTilesAtATime, wanted / kTilesAtATime * kTilesAtATime);
