@@ -129,8 +129,8 @@ def shipped(everything: bool) -> Iterator[Case]:
             if not config.dense:
                 yield Case(capability, "bf16", "e2m1", False, 16, for_group(config, 16))
                 yield Case(capability, "fp16", "integer", True, 16, for_group(config, 16))
-        if everything and capability < 100:
-            for bucket in (8, 16, 64, 256):
+        if capability == 89 or (everything and capability < 100):
+            for bucket in (8, 16, 64, 256) if everything else (256,):
                 odd = replace(default_config(bucket, 22016, 4001, capability=capability), tail=0)
                 yield Case(capability, "bf16", "integer", False, 128, odd, whole_steps=False)
 

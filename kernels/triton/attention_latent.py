@@ -29,6 +29,9 @@ from nybble.kernels.triton.online_softmax import padded_seqs, power_scale
 from nybble.kernels.triton.opaque import opaque_zero
 
 _ROWS = 32  # the most query rows of a program
+# A program of decode has a multiprocessor to itself. For 16 query rows ptxas would spill some
+# registers to fit two programs, unless it is told that a thread may take all.
+DECODE_REGISTERS = 255
 
 
 @triton.jit
@@ -404,6 +407,7 @@ def _decode(
         *_numbers(batch, heads, scale),
         **constants,
         **splitting.constants,
+        maxnreg=DECODE_REGISTERS,
         SEQS_PADDED=padded_seqs(seqs),
         **FUSED,
     )

@@ -162,9 +162,11 @@ def matmul_kernel(
     scale_at = tile * groups * TILE_N + n % TILE_N
     # A product's columns: those of a whole step, or of its first slice.
     x_k = tl.arange(0, 128 if JOINED else 32)
-    valid_m = m[None, :] < rows
-    # Joined, rows past the last read the last: they are not stored, and a mask costs.
-    x_row = tl.minimum(m, rows - 1) if JOINED else m
+    # Rows past the last are not stored. Joined, or with masks for columns, they read the last one:
+    # a mask for each row costs.
+    REPEATED: tl.constexpr = JOINED or not WHOLE_STEPS
+    valid_m = (m[None, :] < rows) | REPEATED
+    x_row = tl.minimum(m, rows - 1) if REPEATED else m
     x_at = x + x_row[None, :] * columns + x_k[:, None]
 
     if OVERLAP and not INTERPRETED:
@@ -189,7 +191,7 @@ def matmul_kernel(
         if JOINED and WHOLE_STEPS:
             xs = tl.load(x_at + step * STEP)
         elif JOINED:
-            xs = tl.load(x_at + step * STEP, mask=valid_m & (left > 0), other=0.0)
+            xs = tl.load(x_at + step * STEP, mask=left > 0, other=0.0)
         else:
             xs = rows_of_slices(x_at + step * STEP, valid_m, left, WHOLE_STEPS)
         w0, w1, w2, w3 = unpacked(q, levels, table, dtype, CODES)
