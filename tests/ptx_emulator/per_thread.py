@@ -210,6 +210,8 @@ def _convert(statement: Statement, program: Program) -> Operation:
         if target.endswith("x2"):
             if source == "e4m3x2":  # two numbers in a register
                 value = _from_8_bits(readers[0](unit))
+            elif source == "f16x2":
+                value = readers[0](unit)
             else:  # the first operand is the high half
                 wide = [read(unit).astype(np.float64) for read in readers]
                 value = np.stack(np.broadcast_arrays(wide[1], wide[0]), -1)
