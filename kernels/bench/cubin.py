@@ -22,7 +22,7 @@ from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
 from triton.compiler import ASTSource
 
 _INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P[T\d]+\s+)?([A-Z][\w.]*)(.*?);")
-_TARGET = re.compile(r"0x([0-9a-f]+)\s*$")
+_TARGET = re.compile(r"0x([0-9a-f]+)(?:\s|$)")  # some disassemblers write waits behind it
 # What ptxas says when it makes asynchronous products wait for one another.
 _SERIALIZED = re.compile(r".*\(C75\d\d\).*")
 _RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+).*?LOCAL:(\d+)")
