@@ -129,6 +129,7 @@ def shipped(everything: bool) -> Iterator[Case]:
             if not config.dense:
                 yield Case(capability, "bf16", "e2m1", False, 16, for_group(config, 16))
                 yield Case(capability, "fp16", "integer", True, 16, for_group(config, 16))
+        # On sm_89 the largest block comes closest to the limit of bit operations.
         if capability == 89 or (everything and capability < 100):
             for bucket in (8, 16, 64, 256) if everything else (256,):
                 odd = replace(default_config(bucket, 22016, 4001, capability=capability), tail=0)
