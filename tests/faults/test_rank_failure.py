@@ -214,9 +214,8 @@ def test_requests_finish_when_all_processes_are_told_to_end(
     launch: Callable[..., Process], tiny_model: Callable[..., Path], number: int
 ) -> None:
     """As a terminal's Ctrl-C tells every process of a service, and systemd does."""
-    server = launch(
-        tiny_model(max_length=4096), "--tensor-parallel-size", "2", start_new_session=True
-    )
+    options = ("--tensor-parallel-size", "2", "--shutdown-timeout", "300")
+    server = launch(tiny_model(max_length=4096), *options, start_new_session=True)
     server.ready()
     ranks = ranks_of(server)
     with opened(server.origin + COMPLETIONS, LONG | {"stream": True, "max_tokens": 400}) as stream:

@@ -16,7 +16,7 @@ from ..client import COMPLETIONS
 from ..conftest import running_server
 
 ADMIN = {"Authorization": "Bearer root"}
-LONG, SHORT = 900, 24
+ENDLESS, LONG, SHORT = 16000, 900, 24
 SECONDS = 120.0  # of patience
 
 
@@ -47,24 +47,26 @@ async def text(client: aiohttp.ClientSession, model: str, count: int) -> str | N
         return answer["choices"][0]["text"] if response.status == 200 else None
 
 
-async def stream_during(
-    client: aiohttp.ClientSession, model: str, change: Callable[[], Awaitable[None]]
-) -> str:
-    """What a long stream says while ``change`` happens after its first word; it outlasts it."""
-    found = ""
-    async with client.post(COMPLETIONS, json=body(model, LONG, stream=True)) as response:
+async def change_during(
+    client: aiohttp.ClientSession, model: str, change: Callable[[], Awaitable[None]], expected: str
+) -> None:
+    """``change`` happens after the first word of a stream, which goes on as ``expected``."""
+    found, changed = "", False
+    async with client.post(COMPLETIONS, json=body(model, ENDLESS, stream=True)) as response:
         assert response.status == 200
         async for line in response.content:
             if not line.startswith(b"data: {"):
                 continue
             event = json.loads(line.removeprefix(b"data: "))
             assert "error" not in event, event
-            began = not found
             found += event["choices"][0]["text"]
-            if began and found:
+            if found and not changed:
                 await change()
                 assert await running(client) >= 1, "the stream ended before the change did"
-    return found
+                changed = True
+            if len(found) >= len(expected):
+                break  # which ends the request
+    assert found[: len(expected)] == expected
 
 
 async def running(client: aiohttp.ClientSession) -> float:
@@ -99,17 +101,17 @@ def test_streams_finish_on_the_version_they_began_with(
             await admin(client, load, lora_name="a", lora_path="two", load_inplace=True)
             assert await text(client, "a", SHORT) == short
 
-        assert await stream_during(client, "a", replace) == one
+        await change_during(client, "a", replace, one)
 
         async def remove() -> None:
             await admin(client, unload, lora_name="a")
             assert await text(client, "a", SHORT) is None
 
-        assert await stream_during(client, "a", remove) == two
+        await change_during(client, "a", remove, two)
 
     # A state of its own: the cache may have one of an earlier run in a folder of this name.
     options = ("--lora-root", str(tmp_path), "--lora-state", str(tmp_path / "state.json"))
-    serve(tiny_model(max_length=1024), scenario, *options)
+    serve(tiny_model(max_length=16384), scenario, *options)
 
 
 def test_a_watched_folder_is_followed_under_traffic(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -57,6 +58,11 @@ class Scripted:
             return web.json_response({"error": {"message": message}}, status=status)
         return None
 
+    async def _paused(self) -> None:
+        begun = time.monotonic()
+        while time.monotonic() < begun + self.pause:  # a test may make it shorter meanwhile
+            await asyncio.sleep(min(0.05, self.pause))
+
     async def _models(self, request: web.Request) -> web.Response:
         data = [{"id": name, "parent": parent} for name, parent in self.models]
         return self._refusal(request) or web.json_response({"data": data})
@@ -80,7 +86,7 @@ class Scripted:
                 await _send(response, [{"delta": {"reasoning": self.thought}}])
             for at, piece in enumerate(pieces, 1):
                 await _send(response, [{"delta": {"content": piece}}], self._counts(at))
-                await asyncio.sleep(self.pause)
+                await self._paused()
             reason = "stop"
             if self.call is not None:
                 name, arguments = self.call

@@ -71,11 +71,12 @@ def page(chromium: webdriver.Chrome, server: Scripted) -> Iterator[Page]:
 def test_an_answer_streams_in_with_its_rate_and_the_next_question_knows_it(
     page: Page, server: Scripted
 ) -> None:
-    server.answer, server.pause = "One **two** three four five six seven eight.", 0.05
+    server.answer, server.pause = "One **two** three four five six seven eight.", 3600
     answer = page.ask("Count.")
     page.until(lambda: "One" in answer.text and "eight" not in answer.text)
     assert page.find("stop").is_displayed()
     assert not page.find("send").is_displayed()
+    server.pause = 0.05
     page.answered()
     assert answer.find_element(By.CSS_SELECTOR, "strong").text == "two"
     stats = answer.find_element(By.CSS_SELECTOR, ".stats").text
