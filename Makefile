@@ -59,8 +59,8 @@ test-all: lint
 # On a machine with AVX-512, what one without it computes: sums in other orders round elsewhere.
 test-avx2: install-dev
 	NYBBLE_CPU_TARGET=avx2 ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 OPENBLAS_CORETYPE=Haswell \
-		MKL_ENABLE_INSTRUCTIONS=AVX2 $(PYTEST) $(or $(ARGS),tests/engine tests/models \
-		tests/finetune tests/quantizers tests/loaders tests/server tests/faults)
+		MKL_ENABLE_INSTRUCTIONS=AVX2 $(PYTEST) $(or $(ARGS),tests/engine tests/fake_cuda tests/faults \
+		tests/finetune tests/kernels tests/loaders tests/models tests/quantizers tests/server)
 
 # The CPU kernels for ARM in an emulator, by the tests of the kernels; on a machine with an ARM CPU
 # `make test` runs them. Debian has the tools in g++-aarch64-linux-gnu and qemu-user.
