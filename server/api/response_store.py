@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import sqlite3
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +13,8 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 from pydantic_core import from_json, to_json
+
+logger = logging.getLogger(__name__)
 
 _VERSION = 1
 # `number` is the order in which rows were written: the oldest give way.
@@ -49,7 +52,11 @@ class StoredResponse:
 
 
 class ResponseStore:
-    """Reads and writes on a thread of its own. What is being written can be read already."""
+    """Reads and writes on a thread of its own. What is being written can be read already.
+
+    What cannot be written, as where the disk is full, stays in memory and is written once there is
+    room; :meth:`ready` takes nothing new until then.
+    """
 
     def __init__(self, path: Path, bytes_per_owner: int) -> None:
         """Open or create the file. Responses that were not finished when the last server ended have
@@ -60,6 +67,7 @@ class ResponseStore:
         self._most = bytes_per_owner
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="nybble-responses")
         self._pending: dict[str, StoredResponse] = {}
+        self._failing = False  # the last write has failed
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         # What is unfinished here would be another server's.
         self._lock = FileLock(f"{path}.lock", thread_local=False)
@@ -90,14 +98,24 @@ class ResponseStore:
     def close(self) -> None:
         """Write what is still to be written, and close the file."""
         self._pool.shutdown(wait=True)
+        if self._failing:
+            try:
+                self._write_pending()
+            except sqlite3.Error as error:
+                logger.error("%d responses are lost: %s", len(self._pending), error)
         self._connection.close()
         self._lock.release()
+
+    async def ready(self) -> None:
+        """Raises sqlite3.Error while responses cannot be written: before one is begun."""
+        if self._failing:
+            await asyncio.get_running_loop().run_in_executor(self._pool, self._write_pending)
 
     def save(self, stored: StoredResponse) -> None:
         """Write a response, in place of an earlier state of it. The oldest of its owner's give way;
         one that is larger than the owner's room is not kept."""
         self._pending[stored.id] = stored
-        self._pool.submit(self._write, stored)
+        self._pool.submit(self._try_to_write, stored)
 
     async def get(self, id: str, owner: str) -> StoredResponse | None:
         """An owner's response; None if there is none of this id."""
@@ -110,36 +128,48 @@ class ResponseStore:
         """Whether there was such a response, which is gone now."""
         return await asyncio.get_running_loop().run_in_executor(self._pool, self._drop, id, owner)
 
+    def _try_to_write(self, stored: StoredResponse) -> None:
+        try:
+            self._write(stored)
+        except sqlite3.Error as error:
+            if not self._failing:
+                logger.error("responses cannot be stored: %s", error)
+            self._failing = True
+
+    def _write_pending(self) -> None:
+        for stored in list(self._pending.values()):
+            self._write(stored)
+        self._failing = False
+        logger.info("responses can be stored again")
+
     def _write(self, stored: StoredResponse) -> None:
         response, items = (zlib.compress(to_json(each)) for each in (stored.response, stored.items))
         unfinished = stored.response["status"] in ("queued", "in_progress")
         size = len(response) + len(items)
         execute = self._connection.execute
+        execute("BEGIN IMMEDIATE")
         try:
-            execute("BEGIN IMMEDIATE")
-            try:
-                execute("DELETE FROM responses WHERE id = ?", (stored.id,))
-                if size <= self._most:
-                    execute(
-                        "INSERT INTO responses (id, owner, bytes, unfinished, response, items) "
-                        "VALUES (?, ?, ?, ?, ?, ?)",
-                        (stored.id, stored.owner, size, unfinished, response, items),
-                    )
-                # All but the newest whose sizes add up to the owner's room.
+            execute("DELETE FROM responses WHERE id = ?", (stored.id,))
+            if size <= self._most:
                 execute(
-                    "DELETE FROM responses WHERE number IN (SELECT number FROM (SELECT number, "
-                    "SUM(bytes) OVER (ORDER BY number DESC) AS total FROM responses "
-                    "WHERE owner = ?) WHERE total > ?)",
-                    (stored.owner, self._most),
+                    "INSERT INTO responses (id, owner, bytes, unfinished, response, items) "
+                    "VALUES (?, ?, ?, ?, ?, ?)",
+                    (stored.id, stored.owner, size, unfinished, response, items),
                 )
-                execute("COMMIT")
-            except BaseException:
-                if self._connection.in_transaction:  # a full disk may have ended it
-                    execute("ROLLBACK")
-                raise
-        finally:
-            if self._pending.get(stored.id) is stored:
-                del self._pending[stored.id]
+            # All but the newest whose sizes add up to the owner's room.
+            execute(
+                "DELETE FROM responses WHERE number IN (SELECT number FROM (SELECT number, "
+                "SUM(bytes) OVER (ORDER BY number DESC) AS total FROM responses "
+                "WHERE owner = ?) WHERE total > ?)",
+                (stored.owner, self._most),
+            )
+            execute("COMMIT")
+        except BaseException:
+            if self._connection.in_transaction:  # a full disk may have ended it
+                execute("ROLLBACK")
+            raise
+        if self._pending.get(stored.id) is stored:
+            del self._pending[stored.id]
 
     def _read(self, id: str, owner: str) -> StoredResponse | None:
         row = self._connection.execute(
@@ -151,10 +181,14 @@ class ResponseStore:
         return StoredResponse(owner, response, items)
 
     def _drop(self, id: str, owner: str) -> bool:
+        pending = self._pending.get(id)  # what could not be written
+        unwritten = pending is not None and pending.owner == owner
+        if unwritten:
+            del self._pending[id]
         found = self._connection.execute(
             "DELETE FROM responses WHERE id = ? AND owner = ?", (id, owner)
         )
-        return found.rowcount > 0
+        return unwritten or found.rowcount > 0
 
     def _fail_unfinished(self) -> None:
         rows = self._connection.execute(

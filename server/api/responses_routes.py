@@ -81,6 +81,8 @@ class ResponsesApi:
                 param="background",
                 code="unsupported_parameter",
             )
+        if kept and self._store is not None:
+            await self._store.ready()
         group, formatter, stored = await self._endpoints.response(body, Call.of(request))
         if body.background:
             log = self._logs.begin(group.id) if body.stream else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import sqlite3
 from collections.abc import Iterator
 from hashlib import sha256
 from pathlib import Path
@@ -15,6 +16,7 @@ import pytest
 from nybble.engine import Engine
 from nybble.server.api.event_log import EventLogs
 from nybble.server.api.response_store import ResponseStore, StoredResponse
+from nybble.server.http.errors import as_api_error
 from nybble.server.tenancy.tenants import Tenants
 
 from ..client import RESPONSES, Client, refused, run
@@ -324,3 +326,59 @@ def test_the_events_of_the_oldest_responses_give_way() -> None:
     logs.end("d")
     logs.end("a")
     assert [id for id in "abcd" if logs.find(id)] == ["a", "c"]
+
+
+def test_what_a_full_disk_does_not_take_is_written_when_there_is_room(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "responses.db"
+
+    def large(id: str) -> StoredResponse:
+        words = random.Random(id).randbytes(50_000).hex()
+        return StoredResponse("", {"id": id, "status": "completed", "output": words}, [])
+
+    async def scenario() -> None:
+        store = ResponseStore(path, 1 << 20)
+        await store.ready()
+        store._connection.execute("PRAGMA max_page_count = 8")  # the disk is full
+        store.save(large("a"))
+        store.save(large("b"))
+        assert not await store.delete("c", "")
+        for _ in range(2):
+            with pytest.raises(sqlite3.OperationalError) as full:
+                await store.ready()
+            assert as_api_error(full.value, "id").status == 507
+        assert await store.get("a", "") == large("a")
+        assert await store.get("a", "another") is None
+        assert await store.delete("b", "")
+        store._connection.execute("PRAGMA max_page_count = 100000")
+        await store.ready()
+        store.close()
+        store = ResponseStore(path, 1 << 20)
+        assert await store.get("a", "") == large("a")
+        assert await store.get("b", "") is None
+        store.close()
+
+    asyncio.run(scenario())
+    told = [record.message for record in caplog.records if "responses" in record.message]
+    assert told == ["responses cannot be stored: database or disk is full"]
+
+
+def test_a_response_that_could_not_be_stored_is_not_begun(
+    engine: Engine, store: tuple[Path, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def full(_: ResponseStore) -> None:
+        error = sqlite3.OperationalError("database or disk is full")
+        error.sqlite_errorcode = sqlite3.SQLITE_FULL
+        raise error
+
+    monkeypatch.setattr(ResponseStore, "ready", full)
+
+    async def scenario(client: Client) -> None:
+        for body in (BODY, BODY | {"background": True}):
+            async with client.post(RESPONSES, json=body) as response:
+                assert response.status == 507
+                assert (await response.json())["error"]["code"] == "disk_full"
+        assert (await respond(client, store=False))["store"] is False
+
+    run(engine, scenario, response_store=store)
