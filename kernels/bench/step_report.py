@@ -435,7 +435,7 @@ def _elementwise(half: str, capability: int, overlap: bool = False) -> Iterator[
     shared |= {"arrived": "*i32", "vocab": "i32", "stride": "i32"}
     draws = dict.fromkeys(("gathered", "counts", "columns"), "*i32")
     draws |= {"sums": "*fp64", "kept": "*fp32"}
-    for kernel, name, own in (
+    for kernel, what, own in (
         (sampling.largest_kernel, "the largest", {"peaks": "*fp32", "places": "*i32"}),
         (sampling.draw_kernel, "the draw", draws),
     ):
@@ -447,7 +447,7 @@ def _elementwise(half: str, capability: int, overlap: bool = False) -> Iterator[
             num_warps=sampling.WARPS,
             aligned=("vocab", "stride"),
         )
-        yield Row.of("sample", name + last, capability, report)
+        yield Row.of("sample", what + last, capability, report)
 
 
 def main() -> None:
