@@ -300,9 +300,11 @@ class ModelRunner:
                         hidden = self._forward(adapted, self._step_adapters(adapted, use))
                         self._logits(hidden, adapted)
             vocab = self.decoder.architecture.vocab
-            self.decoder.backend.sample_tokens(
-                torch.zeros(1, vocab, device=self.device), [_ANY_CHOICE]
-            )
+            # Kernels differ for multiples of 16: an adapter's own tokens may make it one, or not.
+            odd = vocab | 15
+            for size in (vocab,) if self.adapters is None else (odd, odd + 1):
+                logits = torch.zeros(1, size, device=self.device)
+                self.decoder.backend.sample_tokens(logits, [_ANY_CHOICE])
         self.capture(cuda_capture(self.device), progress)
 
     @torch.inference_mode()

@@ -431,16 +431,23 @@ def _elementwise(half: str, capability: int, overlap: bool = False) -> Iterator[
         )
         variant = f"head_dim {dim}, {rotary_dim} rotated" + ", interleaved" * interleaved
         yield Row.of("rotary_store", variant + last, capability, report)
-    report = compile_kernel(
-        sampling.sample_kernel,
-        {"logits": "*fp32", "choices": "*fp64", "tokens": "*i64", "vocab": "i32", "stride": "i32"}
-        | {"kept": "*fp32", "columns": "*i32"},
-        sampling.sampling_constants() | {"OVERLAP": overlap},
-        capability=capability,
-        num_warps=sampling.WARPS,
-        aligned=("vocab", "stride"),
-    )
-    yield Row.of("sample", last[2:], capability, report)
+    shared = {"logits": "*fp32", "choices": "*fp64", "tokens": "*i64", "least": "*i32"}
+    shared |= {"arrived": "*i32", "vocab": "i32", "stride": "i32"}
+    draws = dict.fromkeys(("gathered", "counts", "columns"), "*i32")
+    draws |= {"sums": "*fp64", "kept": "*fp32"}
+    for kernel, what, own in (
+        (sampling.largest_kernel, "the largest", {"peaks": "*fp32", "places": "*i32"}),
+        (sampling.draw_kernel, "the draw", draws),
+    ):
+        report = compile_kernel(
+            kernel,
+            shared | own,
+            sampling.sampling_constants(152_064) | {"OVERLAP": overlap},
+            capability=capability,
+            num_warps=sampling.WARPS,
+            aligned=("vocab", "stride"),
+        )
+        yield Row.of("sample", what + last, capability, report)
 
 
 def main() -> None:

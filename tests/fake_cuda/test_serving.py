@@ -31,6 +31,7 @@ from nybble.engine import (
 from nybble.engine.scheduler import ScheduledSequence
 from nybble.engine.sequence import BlockTable, Sequence
 from nybble.kernels.lora_batch import LoRABatch
+from nybble.kernels.reference import TokenChoice
 from nybble.kernels.triton import attention_splits, matmul, overlap
 from nybble.kernels.triton.attention import splitting_of
 from nybble.loaders import open_checkpoint
@@ -162,6 +163,9 @@ def test_a_prompt_beside_tokens_of_many_adapters_compiles_nothing(
     inputs = replace(inputs, lora=LoRABatch.of(rows, inputs.token_ids.device))
     with torch.inference_mode():
         runner._forward(inputs, runner._step_adapters(inputs))
+        # An adapter may have tokens of its own.
+        logits = torch.zeros(3, runner.decoder.architecture.vocab + 3, device=runner.device)
+        runner.decoder.backend.sample_tokens(logits, [TokenChoice(1.0, 20, 0.9, 0.0, 0.5)] * 3)
     assert set(gpu.launched) - warm == set()
 
 
@@ -173,7 +177,7 @@ def test_kernels_of_a_step_are_launched_to_overlap_if_that_is_switched_on(
         assert ask(engine, [SHORT]) == [expected[0][:2]]
     overlapping = {kernel for kernel, variant in gpu.launched if "launch_pdl" in variant}
     kernels = {"rms_norm_kernel", "rotary_store_kernel", "decode_kernel", "reduce_kernel"}
-    kernels |= {"matmul_kernel", "few_rows_kernel", "sample_kernel"}
+    kernels |= {"matmul_kernel", "few_rows_kernel", "largest_kernel", "draw_kernel"}
     assert {kernel for kernel, _ in gpu.launched} >= kernels | {"prefill_kernel"}
     # Those that do not wait for the one before begin after it, as usual.
     assert overlapping == kernels

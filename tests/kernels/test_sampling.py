@@ -37,6 +37,15 @@ def cpu(logits: Tensor, choices: list[TokenChoice]) -> list[int]:
     return kernels.sample_tokens(logits, choices).tolist()
 
 
+@pytest.fixture
+def several_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row of 5,000 logits has four, of three tiles each, and two rows are a launch."""
+    sampling = pytest.importorskip("nybble.kernels.triton.sampling")
+    small = {"TILE": 512, "KEPT": 1024, "PROGRAMS": 4, "ALONE": 0, "ROWS": 2}
+    for name, value in small.items():
+        monkeypatch.setattr(sampling, name, value)
+
+
 every = pytest.mark.parametrize("sample", [plain, gpu, cpu])
 Sample = Callable[[Tensor, list[TokenChoice]], list[int]]
 
@@ -137,16 +146,44 @@ def test_the_gpu_kernel_draws_what_the_reference_draws(
 
 
 @pytest.mark.parametrize("spread", [0.0, 1.0, 30.0])
+@pytest.mark.usefixtures("several_programs")
 def test_the_gpu_kernel_draws_what_the_reference_draws_of_a_large_vocabulary(spread: float) -> None:
     """Whether or not what is kept can be gathered: of few values, of flat and of steep ones."""
     torch.manual_seed(0)
     logits = spread * torch.randn(1, 5_011).bfloat16().float()
     few = torch.full_like(logits, float("-inf"))
     few[0, 2000:2030] = logits[0, 2000:2030]
-    for each, uniform in ((logits, 0.42), (few, 0.5)):
-        for top_k, top_p in ((20, 0.8), (1900, 1.0), (0, 0.3), (0, 0.99)):
+    kept = [(20, 0.8), (1900, 1.0), (0, 0.99)]
+    for each, uniform, more in ((logits, 0.42, [(500, 1.0), (0, 0.3)]), (few, 0.5, [])):
+        for top_k, top_p in kept + more:
             check_alike(gpu, each, TokenChoice(0.7, top_k, top_p, 0.0, uniform))
-        check_alike(gpu, each, TokenChoice(1.0, 40, 0.95, 0.1, uniform))
+    check_alike(gpu, logits, TokenChoice(1.0, 40, 0.95, 0.1, 0.42))
+
+
+@pytest.mark.usefixtures("several_programs")
+def test_the_token_is_found_in_whatever_part_of_the_vocabulary_it_is() -> None:
+    """The largest in several parts; all that is kept in one; a few in many, nothing truncated."""
+    torch.manual_seed(0)
+    ties = torch.randn(5_011).clamp(max=1)
+    ties[[4000, 1700, 3100, 4999]] = 2.0
+    only = torch.full((5_011,), -torch.inf)
+    only[4_900] = -3.0
+    in_one_part = torch.randn(5_011)
+    in_one_part[2000:2900] += 30
+    spread = torch.full((5_011,), -torch.inf)
+    spread[[100, 1400, 1500, 3300]] = torch.tensor([0.1, 0.4, 0.2, 0.3]).log()
+    rows = [(ties, 0, 1.0, 0.0, 0.0), (torch.zeros(5_011), 0, 1.0, 0.0, 0.0)]
+    rows += [(only, top_k, top_p, 0.0, 0.9) for top_k, top_p in ((0, 1.0), (20, 0.8), (0, 0.5))]
+    rows += [(in_one_part, top_k, 1.0, 0.0, 0.37) for top_k in (2, 500)]
+    rows += [(spread, 0, 1.0, 0.0, u) for u in (0.0, 0.05, 0.3, 0.65, 0.9, 1.0 - 2.0**-53)]
+    rows += [(spread, 0, 1.0, 0.3, 0.4), (spread, 3, 1.0, 0.0, 0.99)]
+    temperatures = [0.0, 0.0, *[1.0] * (len(rows) - 2)]
+    logits = torch.stack([row for row, *_ in rows])
+    choices = [TokenChoice(t, *row[1:]) for t, row in zip(temperatures, rows, strict=True)]
+    found = gpu(logits, choices)
+    assert found == plain(logits, choices)
+    assert found[:5] == [1700, 0, 4900, 4900, 4900]
+    assert found[7:13] == [100, 100, 1400, 1500, 3300, 3300]
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="the interpreter counts what is read")
@@ -226,10 +263,12 @@ def test_whatever_the_logits_the_token_is_one_of_the_vocabulary(
         assert all(0 <= token < 100 for token in cpu(rows, [choice] * 2))
 
 
+@pytest.mark.usefixtures("several_programs")
 def test_a_row_is_drawn_alike_in_any_company() -> None:
     torch.manual_seed(0)
     logits = 3 * torch.randn(6, 3000)
-    choices = [TokenChoice(t, 50 * (t > 1), 0.9, 0.0, 0.37) for t in (0.0, 0.7, 1.5, 1.0, 2.0, 0.0)]
+    choices = [TokenChoice(t, 50 * (t > 1), 0.9, 0.0, 0.37) for t in (0.0, 0.7, 1.5, 1.0, 2.0)]
+    choices.append(TokenChoice(1.0, 0, 1.0, 0.0, 0.37))
     for sample in (plain, gpu, cpu):
         together = sample(logits, choices)
         alone = [sample(logits[i : i + 1], [choice])[0] for i, choice in enumerate(choices)]

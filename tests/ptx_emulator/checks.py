@@ -338,10 +338,11 @@ def check_norm(capability: int, everything: bool) -> Iterator[Found]:
 
 def check_sampling(capability: int, everything: bool) -> Iterator[Found]:
     options = [(0.0, 0, 1.0, 0.0), (1.0, 0, 1.0, 0.0), (0.8, 50, 0.9, 0.0), (1.2, 0, 0.95, 0.05)]
-    for vocab in (700, 9000):  # with more than can be gathered, and with less
-        logits = 4 * torch.randn(8, vocab).bfloat16().float()
-        logits[4:, : vocab // 2] = -torch.inf
-        choices = [TokenChoice(*options[row % 4], (row + 0.5) / 8) for row in range(8)]
+    # One program a row, which searches it all; and several, which gather from two tiles each.
+    for rows, vocab in ((8, 700), (4, 33_000)):
+        logits = 4 * torch.randn(rows, vocab).bfloat16().float()
+        logits[rows // 2 :, : vocab // 2] = -torch.inf
+        choices = [TokenChoice(*options[row % 4], (row + 0.5) / rows) for row in range(rows)]
         found = sampling.sample_tokens(logits, choices)
         expected = reference.sample_tokens(logits, choices)
         yield f"sampling of {vocab}", found.float() + 1, expected.double() + 1

@@ -174,6 +174,7 @@ def _select(statement: Statement, program: Program) -> Operation:
 _COMPARISONS = {"eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal} | {
     "gt": np.greater,
     "ge": np.greater_equal,
+    "nu": lambda x, y: np.True_,  # num: whether both are numbers
 }
 
 

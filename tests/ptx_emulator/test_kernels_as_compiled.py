@@ -22,12 +22,14 @@ pytest.importorskip("triton", reason="Triton is for Linux")
 KERNELS = {
     "decode_kernel",
     "dequantize_kernel",
+    "draw_kernel",
     "expand_kernel",
     "few_rows_kernel",
     "fixed_order_kernel",
     "gated_kernel",
     "grouped_few_rows_kernel",
     "grouped_kernel",
+    "largest_kernel",
     "latent_decode_kernel",
     "latent_prefill_kernel",
     "latent_store_kernel",
@@ -37,7 +39,6 @@ KERNELS = {
     "reduce_kernel",
     "rms_norm_kernel",
     "rotary_store_kernel",
-    "sample_kernel",
     "shrink_kernel",
     "spans_kernel",
 }
