@@ -5,6 +5,7 @@ they do not come from the L2 cache.
 
 - `overlap`: `affine g128`, launched while the previous product is finishing.
 - `silu·mul`: the activation of a gated weight is part of the product.
+- `uncut`: `affine g128` with whole blocks, where the configuration has two unequal parts of each.
 - `floor`: the larger of two times, that of the packed bytes at the copy bandwidth and that of the
   operations at the bf16 matrix rate. Both rates are measured in the same run.
 - `%`: `floor` as a share of `affine g128`.
@@ -162,6 +163,25 @@ def check_matmul(section: Section) -> None:
                     section.holds(f"{name}: error {found:.1e}", False)
                 worst = max(worst, found)
             print(f"  {kind:>9} g{group:<5}{str(dtype)[6:]:>9}: error {worst:.1e}", flush=True)
+    check_unequal_parts(section)
+
+
+def check_unequal_parts(section: Section) -> None:
+    """Blocks in two parts, where the last one to finish adds what the other left."""
+    device, dry = section.device, section.dry
+    columns, out, rows = (200, 80, 17) if dry else (13824, 5120, 250)
+    config = Config(128, 128, 2, 8, 3, scale_first=True, lead=0.7)
+    weight = random_weight("symmetric", columns, out, 128, device, extras=True)
+    x = torch.randn(rows, columns, device=device).bfloat16()
+    once = poisoned(x, weight, config)
+    # Whichever part is the first to be done, the sum is the same.
+    for _ in range(2 if dry else 20):
+        if not torch.equal(once, poisoned(x, weight, config)):
+            section.holds("unequal parts: always the same", False)
+    found = relative_error(x, weight, once)
+    if not found <= LIMIT[torch.bfloat16] * (2 if dry else 1):
+        section.holds(f"unequal parts: error {found:.1e}", False)
+    print(f"  unequal parts, m{rows}: error {found:.1e}", flush=True)
 
 
 def copies(nbytes: int, total: int) -> int:
@@ -193,6 +213,11 @@ class Peers:
         for name, weights in self.ours.items():
             yield name, [partial(matmul.packed_matmul, x, w) for w in weights]
         yield "overlap", [partial(overlapped, x, w) for w in self.ours["affine g128"]]
+        config = matmul.chosen(self.ours["affine g128"][0], len(x), x.device)
+        if config.lead:
+            uncut = replace(config, splits=1, tail=0, lead=0.0)
+            whole = partial(matmul.packed_matmul, config=uncut)
+            yield "uncut", [partial(whole, x, w) for w in self.ours["affine g128"]]
         if self.gated:
             fused = partial(matmul.packed_matmul, activation="silu")
             yield "silu·mul", [partial(fused, x, w) for w in self.gated]
@@ -287,7 +312,7 @@ def time_shape(
 ) -> None:
     dry, device = section.dry, section.device
     read, rate = section.read, section.rate
-    names = (*OURS, "overlap", "silu·mul", "cublas", "tinygemm", "bnb nf4", "gemlite")
+    names = (*OURS, "overlap", "uncut", "silu·mul", "cublas", "tinygemm", "bnb nf4", "gemlite")
     # Four times the L2 cache of an H100.
     peers = Peers(columns, out, device, 1 if dry else 200 << 20)
     print(f"{label}, {columns} → {out}  (µs)")

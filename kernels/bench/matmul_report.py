@@ -85,7 +85,8 @@ def quick() -> Iterator[Case]:
     for case in shipped(everything=False):
         plain = case.group == 128 and not case.gated
         if case.capability == 90:
-            if case.group == 128 or case.config.block_m in (8, 256):
+            large = case.config.block_m in (8, 256) and (case.codes, case.group) != ("e2m1", 16)
+            if case.group == 128 or large:
                 yield case
         elif plain or (case.capability < 100 and case.group == 32):
             yield case
@@ -104,16 +105,19 @@ def shipped(everything: bool) -> Iterator[Case]:
         ]
         # Only whether the work is split is compiled in, not into how many parts.
         ruled = [replace(config, splits=2, tail=min(config.tail, 1)) for config in ruled]
-        few, some, most = ruled[1], ruled[2], ruled[-1]
+        # Llama-2-13B's o: two parts, of which the first is longer.
+        ruled.append(default_config(256, 5120, 5120, capability=capability))
+        few, some, largest = ruled[1], ruled[2], ruled[7:9]
+        most = largest[0] if capability == 90 else largest[1]
         if capability == 90:
             ruled += [replace(config, overlap=True) for config in ruled[1:3]]
         configs = dict.fromkeys(ruled + (measured if capability == 90 else []))
-        sample = dict.fromkeys((few, some, ruled[4], ruled[6], ruled[-1], ruled[-2]))
+        sample = dict.fromkeys((few, some, ruled[4], ruled[6], most, *ruled[8:]))
         for config in configs if everything else sample:
             sampled = {90: (config,), 100: (few, most), 120: (most,)}.get(capability, ())
             if everything or config in sampled:
                 yield Case(capability, "bf16", "integer", False, 128, config)
-                if config in (few, some, most):
+                if config in (few, some, most) or (everything and config in largest):
                     yield Case(capability, "bf16", "integer", False, 128, config, gated=True)
             if everything or (capability == 90 and not config.overlap):
                 yield Case(capability, "bf16", "codebook", False, 64, config)
@@ -162,6 +166,7 @@ def compiled(case: Case) -> cubin.Report:
         "SCALE_FIRST": c.scale_first,
         "JOINED": joined(c, case.capability, case.whole_steps),
         "SPLIT": c.splits > 1,
+        "PAIR": c.splits > 1 and c.lead > 0,
         "TAIL": c.tail > 0,
         "OVERLAP": c.overlap and case.capability >= 90,
         "WHOLE_STEPS": case.whole_steps,

@@ -10,6 +10,8 @@ Few rows leave too few blocks to fill the GPU, so the columns are also split bet
 leaves its float32 part in a workspace, and the last to finish a block adds the parts in order of
 column, whatever order they finished in: results repeat bit for bit. Where blocks fill the GPU
 several times but the last time only in part, it is the blocks of that last wave that are split.
+Where they leave less than half of it idle, each may have two unequal parts: a processor that has
+none of the long ones computes several short ones.
 """
 
 from __future__ import annotations
@@ -65,7 +67,6 @@ def place_of(
     out_features,
     steps,
     whole,
-    splits,
     steps_each,
     SPLIT: tl.constexpr,
     TAIL: tl.constexpr,
@@ -85,13 +86,15 @@ def place_of(
     if SPLIT:
         if TAIL:
             # Whether a block is split follows from its outputs alone, never from its rows.
-            is_part = block >= whole * blocks_m
+            is_part = program >= whole * blocks_m
             first = tl.where(is_part, whole, 0)
             wide = tl.where(is_part, blocks_n - whole, whole)
-            splits = tl.where(is_part, splits, 1)
             steps_each = tl.where(is_part, steps_each, steps)
-        split = (block - first * blocks_m) % splits
-        block = (block - first * blocks_m) // splits
+        # Programs begin in order of their numbers: the first part of every block, which may be
+        # the longest, before any second one.
+        block = program - first * blocks_m
+        split = block // (wide * blocks_m)
+        block = block % (wide * blocks_m)
     block_n, block_m = block_of(block, wide, blocks_m, GROUP_M)
     start, stop = 0, steps
     if SPLIT:
@@ -128,6 +131,7 @@ def matmul_kernel(
     SCALE_FIRST: tl.constexpr,
     JOINED: tl.constexpr,
     SPLIT: tl.constexpr,
+    PAIR: tl.constexpr,  # two parts, of which the last to finish adds the other to its own
     TAIL: tl.constexpr,
     OVERLAP: tl.constexpr,
     WHOLE_STEPS: tl.constexpr,
@@ -146,7 +150,6 @@ def matmul_kernel(
         out_features,
         steps,
         whole,
-        splits,
         steps_each,
         SPLIT,
         TAIL,
@@ -232,7 +235,6 @@ def matmul_kernel(
         out_features ^ zero,
         steps,
         whole ^ zero,
-        splits,
         steps_each,
         SPLIT,
         TAIL,
@@ -250,15 +252,25 @@ def matmul_kernel(
             valid = (m[None, :] < rows) & (n[:, None] < out_features) | SCALE_FIRST
             at = tl.arange(0, BLOCK_N)[:, None] * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
             part_at = parts + block * splits * (BLOCK_N * BLOCK_M) + at
-            tl.store(part_at + split * (BLOCK_N * BLOCK_M), acc, mask=valid)
-            tl.debug_barrier()  # every lane's part is written before this program is counted
-            last = tl.atomic_add(arrivals + block, 1, sem="acq_rel") == splits - 1
+            last = False
+            if PAIR:
+                # The sum of two is the same in either order. If the other part is there already,
+                # this one stays in registers.
+                last = tl.atomic_add(arrivals + block, 0, sem="acquire") == 1
+            if not last:
+                tl.store(part_at + split * (BLOCK_N * BLOCK_M), acc, mask=valid)
+                tl.debug_barrier()  # every lane's part is written before this program is counted
+                last = tl.atomic_add(arrivals + block, 1, sem="acq_rel") == splits - 1
             if last:
                 tl.store(arrivals + block, 0)  # as the next launch expects
-                acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-                for other in range(splits):
-                    piece = part_at + other * (BLOCK_N * BLOCK_M)
+                if PAIR:
+                    piece = part_at + (1 - split) * (BLOCK_N * BLOCK_M)
                     acc += tl.load(piece, mask=valid, other=0.0, cache_modifier=".cg")
+                else:
+                    acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+                    for other in range(splits):
+                        piece = part_at + other * (BLOCK_N * BLOCK_M)
+                        acc += tl.load(piece, mask=valid, other=0.0, cache_modifier=".cg")
     if last:
         store_outputs(
             acc, bias, out, first_n, m, rows, out_features, dtype, HAS_BIAS, GATED, ACTIVATION
@@ -359,10 +371,10 @@ def packed_matmul(
     blocks_n = triton.cdiv(weight.out_features, c.block_n)
     blocks_m = triton.cdiv(rows, c.block_m)
     steps = triton.cdiv(columns, 128)
-    steps_each = triton.cdiv(steps, c.splits)
+    steps_each = max(triton.cdiv(steps, c.splits), round(c.lead * steps))
     splits = triton.cdiv(steps, steps_each)
     whole = max(0, blocks_n - c.tail) if c.tail else 0
-    split = (blocks_n - whole) * blocks_m if c.splits > 1 else 0
+    split = (blocks_n - whole) * blocks_m if splits > 1 else 0
     if split > _ARRIVALS:
         raise ValueError(f"{split} blocks cannot be split: at most {_ARRIVALS}")
     size = max(1, split * splits * c.block_n * c.block_m)
@@ -393,8 +405,9 @@ def packed_matmul(
         **group_constants(weight),
         SCALE_FIRST=c.scale_first,
         JOINED=joined(c, device_traits(x.device)[2], columns % 128 == 0),
-        SPLIT=c.splits > 1,
-        TAIL=c.splits > 1 and whole > 0,
+        SPLIT=splits > 1,
+        PAIR=splits == 2 and c.lead > 0,
+        TAIL=splits > 1 and whole > 0,
         OVERLAP=overlap,
         WHOLE_STEPS=columns % 128 == 0,
         BLOCK_N=c.block_n,

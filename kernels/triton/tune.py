@@ -71,9 +71,16 @@ def neighbours(config: Config) -> Iterator[Config]:
     yield replace(config, overlap=not config.overlap)
     for splits in (config.splits * 2, config.splits // 2, config.splits + 1, config.splits - 1):
         if 1 <= splits <= 32:
-            yield replace(config, splits=splits)
+            yield replace(config, splits=splits, lead=0.0)
     if config.tail:
-        yield replace(config, splits=1, tail=0)
+        yield replace(config, splits=1, tail=0, lead=0.0)
+    if config.lead:
+        yield replace(config, lead=0.0)
+    if config.block_m >= 64:
+        shares = (config.lead - 0.05, config.lead + 0.05) if config.lead else (0.55, 0.7)
+        for lead in shares:
+            if 0.5 <= lead < 1:
+                yield replace(config, splits=2, lead=round(lead, 3))
     for block_n in (64, 128, 256):
         yield replace(config, block_n=block_n, splits=max(1, config.splits * block_n // 128))
     for block_m in (config.block_m // 2, config.block_m * 2):

@@ -1,6 +1,8 @@
 """Configurations come from the measured table or else the rule, never from a trial at run time."""
 
-from dataclasses import replace
+import heapq
+import json
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +42,74 @@ def test_a_last_wave_that_would_leave_processors_idle_is_split_among_them() -> N
         assert (blocks_n - config.tail) * blocks_m % 132 == 0
         assert config.tail * blocks_m * config.splits <= 132
     assert default_config(1024, 132 * 128, 4096).tail == 0  # whole waves
+
+
+@pytest.mark.parametrize(
+    ("out", "columns", "processors"),
+    [
+        (5120, 5120, 132),  # Llama-2-13B's o
+        (5120, 13824, 132),
+        (5120, 5120, 114),
+        (4096, 14336, 132),  # Llama-3-8B's down: every block has two processors
+        (4608, 3584, 132),  # Qwen2.5-7B's qkv
+        (12288, 4096, 132),  # Llama-2-7B's qkv: 132 whole blocks before 60 in two parts
+    ],
+)
+def test_two_unequal_parts_of_blocks_that_leave_processors_idle_save_a_tenth(
+    out: int, columns: int, processors: int
+) -> None:
+    """Programs begin in order of their numbers, each on the first processor that is free."""
+    config = default_config(256, out, columns, processors)
+    blocks, steps = out // 128 * 2, columns // 128
+    assert (config.block_n, config.block_m, config.splits) == (128, 128, 2)
+    split = 2 * config.tail or blocks
+    first = round(config.lead * steps)
+
+    def ends(first: int) -> tuple[float, float]:
+        """When the last first part and the last second part are done."""
+        free = [0.0] * processors
+
+        def done(programs: int, lasts: float) -> float:
+            return max(heapq.heappushpop(free, free[0] + lasts) + lasts for _ in range(programs))
+
+        if blocks > split:
+            done(blocks - split, 1.5 + steps)
+        return done(split, 1.5 + first), done(split, 1.5 + steps - first + 2.7)
+
+    firsts, seconds = ends(first)
+    assert seconds <= firsts  # first parts find them when they are done
+    firsts_sooner, seconds_later = ends(first - 1)
+    assert seconds_later > firsts_sooner
+    waves = -(-blocks // processors)
+    assert firsts + 2.7 <= 0.9 * waves * (1.5 + steps)
+
+
+def test_parts_are_even_or_none_where_unequal_ones_save_less() -> None:
+    # Three quarters of 32 steps, and what moving the others costs; and three for each block.
+    for out, columns, splits in ((6144, 4096, 1), (2560, 5120, 3)):
+        config = default_config(256, out, columns)
+        assert (config.splits, config.lead) == (splits, 0.0)
+
+
+def test_a_table_from_before_a_field_existed_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "tuned.json"
+    older = {
+        name: value for name, value in asdict(MEASURED).items() if name not in ("tail", "lead")
+    }
+    path.write_text(json.dumps({"GPU 9": {"key": older}}))
+    assert configs.read(path) == {"GPU 9": {"key": MEASURED}}
+    unequal = replace(MEASURED, splits=2, lead=29 / 40)
+    configs.write(path, "GPU 9", {"another": unequal})
+    assert configs.read(path) == {"GPU 9": {"key": MEASURED, "another": unequal}}
+
+
+def test_the_tuner_tries_unequal_parts_where_there_are_many_rows() -> None:
+    many = default_config(256, 6144, 4096)
+    assert {c.lead for c in tune.neighbours(many)} > {0.0}
+    unequal = default_config(256, 5120, 5120)
+    near = {(c.splits, c.lead) for c in tune.neighbours(unequal)}
+    assert {(2, 0.675), (2, 0.775), (2, 0.0), (1, 0.0), (4, 0.0)} <= near
+    assert {c.lead for c in tune.neighbours(default_config(16, 4096, 4096))} == {0.0}
 
 
 def test_a_part_is_never_shorter_than_four_steps() -> None:

@@ -25,6 +25,7 @@ DENSE = Config(64, 16, 1, num_warps=4, num_stages=3, scale_first=True, dense=Tru
 PARTS = Config(16, 8, 1, num_warps=4, num_stages=3, scale_first=False, parts=4)
 SPLIT = Config(64, 16, 3, num_warps=4, num_stages=3, scale_first=False)
 TAIL = Config(64, 16, 2, num_warps=4, num_stages=3, scale_first=True, tail=1)
+UNEQUAL = Config(64, 16, 2, num_warps=4, num_stages=3, scale_first=True, lead=0.7)
 
 
 def random_weight(
@@ -103,7 +104,7 @@ def test_every_format_matches_its_dequantized_weight(
     ],
 )
 @pytest.mark.parametrize("kind", ["zeros", "codebook"])
-@pytest.mark.parametrize("config", [SMALL, LARGE, SPLIT, TAIL, PARTS])
+@pytest.mark.parametrize("config", [SMALL, LARGE, SPLIT, TAIL, UNEQUAL, PARTS])
 def test_odd_sizes_are_masked(rows: int, out: int, columns: int, kind: str, config: Config) -> None:
     torch.manual_seed(1)
     x = torch.randn(rows, columns).half()
@@ -146,6 +147,46 @@ def test_split_columns_repeat_bit_for_bit_and_leave_the_counters_clean() -> None
     assert error(x, weight, SPLIT) < 1e-3
 
 
+class Recorded:
+    """A kernel that notes its grid, and how many steps a part has, at each launch."""
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel = kernel
+        self.launches: list[tuple[int, int]] = []
+
+    def __getitem__(self, grid: tuple[int]) -> Any:
+        def launch(*values: Any, **constants: Any) -> None:
+            given = dict(zip(self.kernel.arg_names, values, strict=False))
+            self.launches.append((grid[0], given["steps_each"]))
+            self.kernel[grid](*values, **constants)
+
+        return launch
+
+
+@pytest.mark.parametrize(("kind", "scale_first"), [("fractional", True), ("codebook", False)])
+def test_two_parts_may_be_unequal(
+    kind: str, scale_first: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(14)
+    x, weight = torch.randn(20, 900).half(), random_weight(kind, 130, 900, 32, bias=True)
+    unequal = replace(UNEQUAL, scale_first=scale_first)
+    recorded = Recorded(matmul.matmul_kernel)
+    monkeypatch.setattr(matmul, "matmul_kernel", recorded)
+    once = packed_matmul(x, weight, unequal)
+    assert torch.equal(packed_matmul(x, weight, unequal), once)
+    assert error(x, weight, unequal) < 1e-3
+    # Eight steps, of which the first part has 70 %; six blocks.
+    assert recorded.launches == [(12, 6)] * 3
+    # The first to be done leaves its sum to the other, in either order.
+    halves = packed_matmul(x, weight, replace(unequal, lead=0.5))
+    assert torch.equal(halves, packed_matmul(x, weight, replace(unequal, lead=0.0)))
+    # A share that leaves the second part nothing is no split, and is not counted.
+    whole = packed_matmul(x, weight, replace(unequal, lead=1.0))
+    assert torch.equal(whole, packed_matmul(x, weight, replace(unequal, splits=1, lead=0.0)))
+    assert recorded.launches[-2:] == [(6, 8)] * 2
+    assert matmul.arrivals(x.device).count_nonzero() == 0
+
+
 @pytest.mark.parametrize("kind", ["fractional", "codebook"])
 def test_elsewhere_than_on_hopper_a_step_is_four_products(
     kind: str, monkeypatch: pytest.MonkeyPatch
@@ -158,18 +199,19 @@ def test_elsewhere_than_on_hopper_a_step_is_four_products(
     torch.testing.assert_close(packed_matmul(x, weight, LARGE), on_hopper, rtol=1e-3, atol=1e-2)
 
 
-@pytest.mark.slow
-def test_only_the_last_blocks_of_outputs_are_split_where_a_tail_is() -> None:
+@pytest.mark.parametrize("lead", [pytest.param(0.0, marks=pytest.mark.slow), 0.7])
+def test_only_the_last_blocks_of_outputs_are_split_where_a_tail_is(lead: float) -> None:
     torch.manual_seed(8)
+    config = replace(TAIL, lead=lead)
     x, weight = torch.randn(40, 1100).half(), random_weight("zeros", 200, 1100, 64, bias=True)
-    assert error(x, weight, TAIL) < 1e-3
-    whole = packed_matmul(x, weight, replace(TAIL, splits=1, tail=0))
-    everywhere = packed_matmul(x, weight, replace(TAIL, tail=0))
-    found = packed_matmul(x, weight, TAIL)
+    assert error(x, weight, config) < 1e-3
+    whole = packed_matmul(x, weight, replace(config, splits=1, tail=0, lead=0.0))
+    everywhere = packed_matmul(x, weight, replace(config, tail=0))
+    found = packed_matmul(x, weight, config)
     assert torch.equal(found[:, :192], whole[:, :192])
     assert torch.equal(found[:, 192:], everywhere[:, 192:])
     # Alone in its batch, a row is split as it was in company.
-    assert torch.equal(packed_matmul(x[33:34], weight, TAIL)[0], found[33])
+    assert torch.equal(packed_matmul(x[33:34], weight, config)[0], found[33])
 
 
 @pytest.mark.parametrize("rows", [1, 40])
@@ -242,6 +284,7 @@ def test_more_elements_than_offsets_of_32_bits_reach_are_multiplied_densely(
     [
         ("zeros", SMALL),
         ("symmetric", SPLIT),
+        ("codebook", UNEQUAL),
         *(
             pytest.param(kind, config, marks=pytest.mark.slow)
             for kind in ("symmetric", "zeros", "codebook")

@@ -83,6 +83,7 @@ def shipped(capability: int) -> Iterator[tuple[int, Config]]:
         yield min(bucket, config.block_m + 5), config
         if capability == 90 and bucket in (8, 16):
             yield bucket, replace(config, overlap=True)
+    yield 133, default_config(256, 5120, 5120, capability=capability)  # two unequal parts
 
 
 def check_matmul(capability: int, everything: bool) -> Iterator[Found]:
@@ -108,6 +109,23 @@ def check_matmul(capability: int, everything: bool) -> Iterator[Found]:
             yield f"{name} gated by {kind}", after, reference.gated(expected, kind)
             within = matmul.packed_matmul(x, gated, config, kind)
             yield f"{name}: the same within the product", within.float(), after.double()
+
+
+def check_parts(capability: int, everything: bool) -> Iterator[Found]:
+    """Blocks that several programs share: which of them is the last differs from block to block."""
+    uneven = default_config(256, 5120, 5120, capability=capability)
+    thirds = default_config(16, 4096, 4096, capability=capability)
+    configs = (uneven, replace(uneven, tail=3), replace(thirds, splits=3))
+    for number, config in enumerate(configs):
+        weight = random_weight(("zeros", "symmetric", "codebook")[number], 400, 384, 64)
+        x = torch.randn(9, 384).half()
+        expected = x.double() @ weight.dequantize(torch.float64).T + weight.bias.double()
+        found = matmul.packed_matmul(x, weight.to_layout("gpu_tiles"), config)
+        yield f"parts {config}", found, expected
+        again = matmul.packed_matmul(x, weight.to_layout("gpu_tiles"), config)
+        yield f"parts {config}: the same in another order", again.float(), found.double()
+        counted = matmul.arrivals(CPU).count_nonzero().float()
+        yield f"parts {config}: counters", 1 + counted, torch.ones((), dtype=torch.float64)
 
 
 def check_grouped(capability: int, everything: bool) -> Iterator[Found]:
@@ -436,6 +454,7 @@ FAMILIES: dict[str, Callable[[int, bool], Iterator[Found]]] = {
     "fixed order": check_fixed_order,
     "fixed attention": check_fixed_attention,
     "lora alone": check_lora_alone,
+    "parts": check_parts,
 }
 
 
@@ -445,7 +464,13 @@ def timings(capability: int, family: str) -> list[Timing]:
     On Blackwell the first warp asks for products, which read what others wrote. A barrier that is
     missing before is seen where it comes first and they are made at once; one that is missing
     behind them, where it comes last and they are late.
+
+    A block is counted by its first warp. What others have not stored by then is missed if it comes
+    first.
     """
+    if family == "parts":
+        group = WARP_GROUP if capability >= 90 else WARP
+        return [Timing(group, apart=capability >= 100, late=False, seed=seed) for seed in (1, 2)]
     if capability >= 100:
         late = Timing(apart=True, backwards=True)
         early = Timing(WARP_GROUP, apart=True, late=False, seed=1)

@@ -1,4 +1,7 @@
-"""Runs a kernel's PTX, one block at a time, on arrays that hold a register of many threads.
+"""Runs a kernel's PTX on arrays that hold a register of many threads.
+
+Blocks run one after another, in any order. Where one counts what it has done, in global memory, it
+stops in the middle of it, and some other block goes on: the others see what was really done.
 
 Threads of a *unit* (the block, or a warp, or a warp group) run in step; where they part, those that
 are behind run first, which brings them together again as ptxas' code would. Units run one after
@@ -13,7 +16,7 @@ all wait, and if they wait for nothing that is an error.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -35,7 +38,8 @@ class Timing:
     unit: threads that run in step (0: the whole block). apart: the first warp does not, which goes
     ways of its own where it asks for products. backwards: the last units first. late:
     asynchronous work lands when it is waited for, not when it is asked for; what a GPU chooses (the
-    thread that is elected, where tensor memory is) is chosen otherwise too. seed: order of blocks.
+    thread that is elected, where tensor memory is) is chosen otherwise too. seed: of the blocks'
+    order.
     """
 
     unit: int = 0
@@ -82,9 +86,12 @@ class Kernel:
             )
         parameters = dict(zip(self.program.parameters, arguments, strict=True))
         blocks = [(x, y, z) for z in range(grid[2]) for y in range(grid[1]) for x in range(grid[0])]
-        random.Random(timing.seed).shuffle(blocks)
-        for block in blocks:
-            self._run_block(block, grid, parameters, memory, timing)
+        pick = random.Random(timing.seed)
+        left = [self._run_block(block, grid, parameters, memory, timing) for block in blocks]
+        while left:
+            number = pick.randrange(len(left))
+            if next(left[number], "ended") == "ended":
+                left.pop(number)
 
     def _run_block(
         self,
@@ -93,7 +100,8 @@ class Kernel:
         parameters: dict[str, Array],
         memory: GlobalMemory,
         timing: Timing,
-    ) -> None:
+    ) -> Iterator[None]:
+        """A block's run, in pieces that end where it has counted something."""
         shared = Block(memory, self.shared, timing.late)
         special = {f"%ctaid.{axis}": block[i] for i, axis in enumerate("xyz")}
         special |= {f"%nctaid.{axis}": grid[i] for i, axis in enumerate("xyz")}
@@ -102,7 +110,7 @@ class Kernel:
             for threads in timing.units(self.program.threads)
         ]
         while units:
-            self._run_to_barrier(units, shared)
+            yield from self._run_to_barrier(units, shared)
             done = [unit for unit in units if unit.done]
             if done and len(done) < len(units):
                 raise RuntimeError("some threads ended while others wait at a barrier")
@@ -110,10 +118,14 @@ class Kernel:
         shared.products.finish()
         shared.tensor.finish()
 
-    def _run_to_barrier(self, units: list[Unit], block: Block) -> None:
+    def _run_to_barrier(self, units: list[Unit], block: Block) -> Iterator[None]:
         waiting = units
         while waiting:
-            moved = [unit.run(self._operations, self._names) for unit in waiting]
+            moved = []
+            for unit in waiting:
+                moved.append(unit.run(self._operations, self._names))
+                if unit.counted:
+                    yield
             waiting = [unit for unit in waiting if unit.waits]
             if waiting and not any(moved) and not block.products.land():
                 raise RuntimeError("a wait that never ends")
@@ -164,6 +176,7 @@ class Unit:
         self.stores = Pending()  # to tensor memory
         self.loads = Loads()  # from there
         self.waits = False
+        self.counted = False
         self.done = False
         self._groups: dict[int, Mask | None] = {0: None}
         self._arrived: dict[int, Mask | None] = {}  # at a barrier
@@ -178,9 +191,9 @@ class Unit:
         self.registers[name] = value
 
     def run(self, operations: Sequence[Operation | None], names: Sequence[frozenset[str]]) -> bool:
-        """To the next barrier, or the end, or a wait. Whether anything was done."""
+        """To the next barrier, or the end, or a wait, or a count. Whether anything was done."""
         statements = self.program.statements
-        self.waits = moved = False
+        self.waits = self.counted = moved = False
         while self._groups:
             at = min(self._groups)
             mask = self._groups.pop(at)
@@ -200,6 +213,10 @@ class Unit:
                             return moved
                     at += 1
                     moved = True
+                    if statements[at - 1].parts[0] == "atom" and (guarded is None or guarded.any()):
+                        self._join(at, mask)
+                        self.waits = self.counted = True
+                        return moved
                     continue
                 match statements[at].parts[0]:
                     case "bra":

@@ -79,10 +79,18 @@ def _names(statement: Statement) -> Iterator[str]:
 
 
 def parse(ptx: str, without: str = "") -> Program:
-    """The only kernel in ``ptx``; instructions that begin with ``without`` are left out."""
+    """The only kernel in ``ptx``; instructions that begin with ``without`` are left out.
+
+    without: or "bar.sync before atom", the barrier between what a block stores and its count.
+    """
     head, body = re.split(r"\.reqntid\s+\d+[^{]*\{", ptx, maxsplit=1)
     threads = re.search(r"\.reqntid\s+(\d+)", ptx)
     assert threads is not None
+    if without == "bar.sync before atom":
+        between = r"(?:(?!bar\.sync).)*?"
+        body = re.sub(
+            rf"(st\.global{between})bar\.sync\s+0;({between}\batom\.)", r"\1\2", body, flags=re.S
+        )
     parameters = tuple(re.findall(r"\.param\s+\.[^\n]*?(\w+_param_\d+)", head))
     return program(body, without, parameters, int(threads[1]))
 

@@ -115,6 +115,10 @@ def test_amperes_products_are_what_the_references_compute() -> None:
         pytest.param("80", "lora", "cp.async.wait_group", marks=pytest.mark.slow),
         pytest.param("100", "attention", "tcgen05.wait::st", marks=pytest.mark.slow),
         pytest.param("100", "attention", "fence.proxy.async", marks=pytest.mark.slow),
+        # A part is counted before all of it is stored.
+        pytest.param("90", "parts", "bar.sync before atom", marks=pytest.mark.slow),
+        # A part is never counted.
+        pytest.param("90", "parts", "atom", marks=pytest.mark.slow),
     ],
 )
 def test_the_emulator_notices_what_a_gpu_would_trip_over(
