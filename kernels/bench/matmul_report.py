@@ -184,7 +184,7 @@ def compiled(case: Case) -> cubin.Report:
         capability=case.capability,
         num_warps=c.parts if c.parts > 1 else c.num_warps,
         num_stages=c.num_stages,
-        max_registers=max_registers(c, case.capability, case.whole_steps),
+        max_registers=max_registers(c, case.group, case.capability, case.whole_steps),
         aligned=("out_features", "columns") if case.whole_steps else ("out_features",),
     )
 

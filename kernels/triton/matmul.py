@@ -67,8 +67,10 @@ def place_of(
     out_features,
     steps,
     whole,
+    splits,
     steps_each,
     SPLIT: tl.constexpr,
+    PAIR: tl.constexpr,
     TAIL: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -86,15 +88,19 @@ def place_of(
     if SPLIT:
         if TAIL:
             # Whether a block is split follows from its outputs alone, never from its rows.
-            is_part = program >= whole * blocks_m
+            is_part = block >= whole * blocks_m
             first = tl.where(is_part, whole, 0)
             wide = tl.where(is_part, blocks_n - whole, whole)
+            splits = tl.where(is_part, splits, 1)
             steps_each = tl.where(is_part, steps_each, steps)
-        # Programs begin in order of their numbers: the first part of every block, which may be
-        # the longest, before any second one.
-        block = program - first * blocks_m
-        split = block // (wide * blocks_m)
-        block = block % (wide * blocks_m)
+        if PAIR:
+            # Programs begin in order of their numbers: all first parts, the longer ones, before any
+            # second one. Elsewhere this would take registers, and parts are alike.
+            split = (block - first * blocks_m) // (wide * blocks_m)
+            block = (block - first * blocks_m) % (wide * blocks_m)
+        else:
+            split = (block - first * blocks_m) % splits
+            block = (block - first * blocks_m) // splits
     block_n, block_m = block_of(block, wide, blocks_m, GROUP_M)
     start, stop = 0, steps
     if SPLIT:
@@ -150,8 +156,10 @@ def matmul_kernel(
         out_features,
         steps,
         whole,
+        splits,
         steps_each,
         SPLIT,
+        PAIR,
         TAIL,
         BLOCK_N,
         BLOCK_M,
@@ -235,8 +243,10 @@ def matmul_kernel(
         out_features ^ zero,
         steps,
         whole ^ zero,
+        splits,
         steps_each,
         SPLIT,
+        PAIR,
         TAIL,
         BLOCK_N,
         BLOCK_M,
@@ -306,12 +316,15 @@ def joined(config: Config, capability: int, whole_steps: bool) -> bool:
     )
 
 
-def max_registers(config: Config, capability: int, whole_steps: bool) -> int | None:
+def max_registers(config: Config, group: int, capability: int, whole_steps: bool) -> int | None:
     """How many registers a thread may take, if a limit lets two blocks share a multiprocessor.
 
-    Hopper's blocks of 128 by 64 take up to 157 without one, and need no more than 128.
+    Hopper's blocks of 128 by 64 take up to 157 without one, and need no more than 128. Blocks of 64
+    by 64 with groups of 16 are given more than ptxas takes, which spills to fit in three of them.
     """
     block = config.block_n, config.block_m, config.num_warps
+    if group == 16 and block == (64, 64, 8):
+        return 128
     if capability == 90 and block == (128, 64, 8) and joined(config, capability, whole_steps):
         return 128
     return None
@@ -355,7 +368,8 @@ def packed_matmul(
     rows, columns = flat.shape
     width = weight.out_features // (2 if activation else 1)
     c = config or chosen(weight, rows, x.device)
-    c = for_group(c, 0 if weight.groups == 1 else weight.group_size)
+    group = 0 if weight.groups == 1 else weight.group_size
+    c = for_group(c, group)
     # A measured table may not know so many rows: past the kernels' 32-bit offsets.
     if c.dense or rows * max(columns, weight.out_features) > MOST_ELEMENTS:
         return dense_matmul(flat, weight, activation=activation).view(*x.shape[:-1], width)
@@ -415,7 +429,7 @@ def packed_matmul(
         GROUP_M=8,
         num_warps=c.num_warps,
         num_stages=c.num_stages,
-        maxnreg=max_registers(c, device_traits(x.device)[2], columns % 128 == 0),
+        maxnreg=max_registers(c, group, device_traits(x.device)[2], columns % 128 == 0),
         **({"launch_pdl": True} if overlap else {}),
         **FUSED,
     )
