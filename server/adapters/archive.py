@@ -16,7 +16,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import IO, cast
+from typing import IO, Protocol, cast
 
 from nybble.loaders.adapter import OWN_FILES
 
@@ -68,7 +68,13 @@ def extract_adapter(archive: Path, folder: Path) -> None:
             (folder / name).unlink()
 
 
-def copy_bounded(source: IO[bytes], target: IO[bytes], name: str) -> None:
+class Readable(Protocol):
+    """What can be read by bytes."""
+
+    def read(self, size: int, /) -> bytes: ...
+
+
+def copy_bounded(source: Readable, target: IO[bytes], name: str) -> None:
     """Copy a file. Raises ArchiveError if it is larger than a file of this name may be."""
     left = MAX_BYTES[name]
     while chunk := source.read(_CHUNK):

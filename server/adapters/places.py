@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 from uuid import uuid4
 
 import fsspec
@@ -70,7 +70,7 @@ class Found:
         return blake2b(repr(parts).encode(), digest_size=16).hexdigest()
 
     def fetch(self, folder: Path) -> None:
-        """Copy the files into a local folder. Blocks. Raises PlaceError.
+        """Copy the files into a local folder. Blocks. Raises PlaceError, OSError for the folder.
 
         Those of the adapter's own tokenizer and settings are looked for only now: a look for each
         in every refresh would be as much work as all else.
@@ -86,15 +86,14 @@ class Found:
             raise PlaceError(f"{self.folder} is not what its digest says: publish it again")
 
     def _reading(self, name: str, target: Path) -> None:
-        def read() -> None:
-            source = self.place.files.open(f"{self.folder}/{name}", "rb")
-            with source, target.open("wb") as file:
-                copy_bounded(source, file, name)
-
-        try:
-            asked(self.place.url, read)
-        except ArchiveError as error:
-            raise PlaceError(f"{self.folder}: {error}") from None
+        url = self.place.url
+        source = asked(url, lambda: self.place.files.open(f"{self.folder}/{name}", "rb"))
+        # What the copy's own disk says, as that it is full, is not the place's fault.
+        with source, target.open("wb") as file:
+            try:
+                copy_bounded(_Asked(source, url), file, name)
+            except ArchiveError as error:
+                raise PlaceError(f"{self.folder}: {error}") from None
 
 
 def asked(url: str, action: Callable[[], T]) -> T:
@@ -111,6 +110,17 @@ def asked(url: str, action: Callable[[], T]) -> T:
     except Exception as error:
         reason = str(error).strip() or type(error).__name__
         raise PlaceError(f"{url} cannot be used: {reason.splitlines()[0]}") from error
+
+
+class _Asked:
+    """A file of a place: what goes wrong in reading it is told as :func:`asked` does."""
+
+    def __init__(self, file: IO[bytes], url: str) -> None:
+        self._file = file
+        self._url = url
+
+    def read(self, size: int) -> bytes:
+        return asked(self._url, lambda: self._file.read(size))
 
 
 class Place(ABC):

@@ -30,7 +30,7 @@ from nybble.server.adapters.disk_cache import AdapterDiskCache, CacheFullError
 from nybble.server.adapters.names import is_name
 from nybble.server.adapters.places import AdapterRegistry, Found, Place, PlaceError
 from nybble.server.http import retry_after
-from nybble.server.http.errors import ApiError
+from nybble.server.http.errors import ApiError, is_full_disk
 from nybble.server.lifecycle.flag_names import in_flags
 from nybble.server.observability.exposition import CounterSeries, Family, counter
 
@@ -274,6 +274,8 @@ class AdapterResolver:
                 logger.warning("adapter %s is served as it was: %s", name, error)
                 held.checked = self._clock()
                 return True
+            if is_full_disk(error):  # the cache's: the place has the adapter
+                raise
             raise self._unavailable(name, error) from None
         finally:
             self._count()

@@ -25,7 +25,12 @@ from nybble.engine.conversation import (
     with_tools,
 )
 from nybble.loaders.adapter_tokens import TextTokenizer
-from nybble.loaders.templates import TemplateFailedError, TemplateRefusedError, TemplateRenderer
+from nybble.loaders.templates import (
+    TemplateFailedError,
+    TemplateInvalidError,
+    TemplateRefusedError,
+    TemplateRenderer,
+)
 from nybble.server.api.chat_schema import Message, TemplateOptions
 from nybble.server.api.output.harmony import CHANNEL
 from nybble.server.api.schema import Prompt
@@ -348,6 +353,13 @@ class Prompts:
             shown = in_parts(turns) if parts else turns
             try:
                 text = await self._render(template, shown, tools, variables)
+            except TemplateInvalidError as error:
+                raise ApiError(
+                    400,
+                    f"the chat template of {whose} is not valid: {error}",
+                    param="messages",
+                    code="no_chat_template",
+                ) from None
             except TemplateRefusedError as error:
                 refusal = refusal or _refused(whose, str(error))
                 continue
@@ -509,6 +521,13 @@ def _variables(options: TemplateOptions, template: str) -> dict[str, Any]:
     if options.add_generation_prompt is not None:
         variables["add_generation_prompt"] = options.add_generation_prompt
     if options.documents is not None:
+        if options.documents and "documents" not in template:
+            raise ApiError(
+                400,
+                "the model's chat template does not read documents: put them into a message",
+                param="documents",
+                code="unsupported_parameter",
+            )
         variables["documents"] = options.documents
     return {
         **variables,

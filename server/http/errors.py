@@ -178,14 +178,15 @@ def as_api_error(error: Exception, request_id: str) -> ApiError:
         return ApiError(404, "there is nothing at this path", code="not_found")
     if isinstance(error, web.HTTPException):
         return ApiError(error.status, error.reason)
-    if _is_full_disk(error):
+    if is_full_disk(error):
         logger.error(LogEvent(f"the disk is full: {error}", {"request_id": request_id}))
         return ApiError(507, "the server's disk is full", code="disk_full")
     logger.error(LogEvent("a request failed", {"request_id": request_id}), exc_info=error)
     return ApiError(500, "internal error: the server's log has the details", code="internal_error")
 
 
-def _is_full_disk(error: Exception) -> bool:
+def is_full_disk(error: Exception) -> bool:
+    """Whether a file or a database could not grow."""
     if isinstance(error, sqlite3.Error):
         return getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL
     return isinstance(error, OSError) and error.errno in _DISK_FULL

@@ -142,7 +142,8 @@ def test_several_templates_are_chosen_from_as_the_models_are(
     ("template", "status", "message"),
     [
         ("{{ raise_exception('only in verse') }}", 400, "refuses these messages: only in verse"),
-        ("{{ messages[0].content | nothing }}", 400, "No filter named 'nothing'"),
+        ("{{ messages[0].content | nothing }}", 400, "is not valid: line 1: No filter named"),
+        ("{% for m in %}", 400, "is not valid: line 1: Expected an expression"),
         (
             "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
             500,

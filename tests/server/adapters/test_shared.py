@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import io
 import json
 import shutil
 import threading
@@ -500,6 +502,39 @@ def test_while_a_place_does_not_answer_what_is_loaded_is_served(
         assert await ask(client, "b") == (503, "adapter_unavailable")
 
     serve(engines, [shared("memory://loras")], scenario)
+
+
+def test_a_full_disk_of_the_cache_is_not_blamed_on_the_place(
+    engines: list[Engine],
+    shared: Callable[..., SharedAdapters],
+    tiny_adapter: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    put(tiny_adapter(seed=1), "memory://loras/a")
+
+    class Full(io.BytesIO):
+        def write(self, _: Any) -> int:
+            raise OSError(errno.ENOSPC, "No space left on device", "the cache's file")
+
+    opened = Path.open
+
+    def open_full(path: Path, mode: str = "r", *more: Any, **options: Any) -> Any:
+        return Full() if mode == "wb" else opened(path, mode, *more, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "open", open_full)
+
+        async def full(client: Client) -> None:
+            assert await ask(client, "a") == (507, "disk_full")
+
+        serve(engines, [shared("memory://loras")], full)
+    assert "the cache's file" in caplog.text
+
+    async def room(client: Client) -> None:
+        assert (await ask(client, "a"))[0] == 200
+
+    serve(engines, [shared("memory://loras")], room)
 
 
 def test_many_requests_for_a_new_name_read_it_once(

@@ -450,6 +450,9 @@ def test_a_template_is_taken_from_a_request_only_where_the_server_allows_it(
         tools = [{"type": "function", "function": {"name": "f"}}]
         asked = {"messages": HELLO, "tools": tools, "max_tokens": 1}
         assert (await refused(client, CHAT, {"model": "tiny", **asked}))["param"] == "tools"
+        own = "{{ messages[0]['content'] }}"
+        error = await refused(client, CHAT, {"model": "tiny", **body, "chat_template": own})
+        assert error["param"] == "documents"
         own = template + "{{ tools }}<tool_call>"
         await posted(client, CHAT, asked | {"chat_template": own})
 
