@@ -255,7 +255,9 @@ def grouped_lora(
 
     def add_to_each(out: Tensor, x: Tensor, of: LoRASlots) -> None:
         each = x.unsqueeze(1).expand(*out.shape[:2], -1) if x.ndim == 2 else x
-        add(out.view(-1, out.shape[-1]), each.reshape(-1, x.shape[-1]), of, batch)
+        # One row for several experts is a view that repeats it, which no kernel reads.
+        flat = each.reshape(-1, x.shape[-1]).contiguous()
+        add(out.view(-1, out.shape[-1]), flat, of, batch)
 
     return add_to_each
 

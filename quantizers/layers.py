@@ -169,6 +169,7 @@ class DecoderLayers:
         """
         sums: dict[str, tuple[Tensor, Tensor]] = {}
         tokens = dict.fromkeys(layers, 0)
+        left: set[str] = set()  # to be seen in this pass
         for name in layers:
             inputs = linear_layer(block, name).in_features
             zeros = torch.zeros(inputs, device=self._device)
@@ -183,7 +184,8 @@ class DecoderLayers:
             _add_second_moment(sums[name][0], x)
             sums[name][1].add_(x.abs().sum(0))
             tokens[name] += len(x)
-            if name == layers[-1]:
+            left.discard(name)
+            if not left:
                 raise _Enough
 
         def hook(name: str) -> torch.utils.hooks.RemovableHandle:
@@ -194,6 +196,8 @@ class DecoderLayers:
         handles = [hook(name) for name in layers]
         try:
             for part in self._parts(hidden):
+                # Not the last of them in their order: families run shared experts before or after.
+                left = set(layers)
                 try:
                     self._forward(block, part)
                 except _Enough:

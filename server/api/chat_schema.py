@@ -126,6 +126,18 @@ class NamedToolChoice(Body):
     function: FunctionName
 
 
+class AllowedTools(Body):
+    mode: Literal["auto", "required"]
+    tools: Annotated[list[NamedToolChoice], Field(min_length=1)]
+
+
+class AllowedToolChoice(Body):
+    """All tools are in the prompt, and these may be called."""
+
+    type: Literal["allowed_tools"]
+    allowed_tools: AllowedTools
+
+
 ReasoningEffort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 
 
@@ -198,7 +210,11 @@ class ChatRequest(Sampling, TemplateOptions):
     echo: bool | None = None  # repeat the continued last message in the answer
     modalities: list[Literal["text"]] | None = None
     tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
-    tool_choice: Literal["none", "auto", "required"] | NamedToolChoice | None = None
+    tool_choice: (
+        Literal["none", "auto", "required"]
+        | Annotated[NamedToolChoice | AllowedToolChoice, Field(discriminator="type")]
+        | None
+    ) = None
     parallel_tool_calls: bool | None = None
     prediction: Prediction | None = None
     response_format: ResponseFormat | None = None

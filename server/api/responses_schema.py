@@ -185,6 +185,22 @@ class NamedFunction(Body):
     name: str
 
 
+class AllowedFunctions(Body):
+    type: Literal["allowed_tools"]
+    mode: Literal["auto", "required"]
+    tools: Annotated[list[NamedFunction], Field(min_length=1)]
+
+
+def _chats_choice(choice: str | NamedFunction | AllowedFunctions | None) -> Any:
+    """A tool_choice as chat completions have it."""
+    if isinstance(choice, NamedFunction):
+        return {"type": "function", "function": {"name": choice.name}}
+    if isinstance(choice, AllowedFunctions):
+        tools = [_chats_choice(tool) for tool in choice.tools]
+        return {"type": choice.type, choice.type: {"mode": choice.mode, "tools": tools}}
+    return choice
+
+
 _OF_CHATS = (
     *("cache_salt", "chat_template_kwargs", "min_p", "priority", "repetition_penalty", "seed"),
     *("timeout", "top_k"),
@@ -224,7 +240,11 @@ class ResponsesRequest(OfTheService):
     stream: bool | None = None
     temperature: Temperature | None = None
     text: TextOptions | None = None
-    tool_choice: Literal["none", "auto", "required"] | NamedFunction | None = None
+    tool_choice: (
+        Literal["none", "auto", "required"]
+        | Annotated[NamedFunction | AllowedFunctions, Field(discriminator="type")]
+        | None
+    ) = None
     tools: Annotated[list[FunctionTool], Field(max_length=MAX_TOOLS)] | None = None
     top_logprobs: Logprobs | None = None
     top_p: TopP | None = None
@@ -277,10 +297,7 @@ class ResponsesRequest(OfTheService):
                 }
                 for tool in self.tools
             ]
-        if isinstance(self.tool_choice, NamedFunction):
-            given["tool_choice"] = {"type": "function", "function": {"name": self.tool_choice.name}}
-        else:
-            given["tool_choice"] = self.tool_choice
+        given["tool_choice"] = _chats_choice(self.tool_choice)
         return converted(ChatRequest, given)
 
     def _messages(self, history: list[InputItem]) -> list[dict[str, Any]]:

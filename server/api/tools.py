@@ -10,13 +10,20 @@ from typing import Any
 from nybble.engine import GrammarCompiler, GrammarGuide
 from nybble.engine.guide import grammar_schema
 from nybble.engine.json_schema import Omission
-from nybble.server.api.chat_schema import ChatRequest, NamedToolChoice, Tool
+from nybble.server.api.chat_schema import (
+    AllowedToolChoice,
+    ChatRequest,
+    NamedToolChoice,
+    Tool,
+)
 from nybble.server.api.output import harmony
 from nybble.server.api.output.calls import WHITE_SPACE
 from nybble.server.api.output.dialect import Dialect
 from nybble.server.api.output.markers import MarkerTokens, quoted, terminals
 from nybble.server.api.output.tool_formats import ToolFormat
 from nybble.server.http.errors import ApiError
+
+_NAMED = "named"  # a tool_choice that names one tool
 
 
 @dataclass(frozen=True)
@@ -46,10 +53,17 @@ class Tools:
         self._tokens = tokens
         self._parallel = body.parallel_tool_calls is not False
         self._offered = body.tools or []
-        self._choice = body.tool_choice or "auto"
-        names = [tool.function.name for tool in self._offered]
-        if isinstance(self._choice, NamedToolChoice):
-            name = self._choice.function.name
+        self._choice: str = "auto"
+        allowed: list[str] | None = None
+        match body.tool_choice:
+            case NamedToolChoice(function=function):
+                self._choice, allowed = _NAMED, [function.name]
+            case AllowedToolChoice(allowed_tools=choice):
+                self._choice, allowed = choice.mode, [tool.function.name for tool in choice.tools]
+            case str(choice):
+                self._choice = choice
+        names = {tool.function.name for tool in self._offered}
+        for name in allowed or ():
             if name not in names:
                 raise ApiError(
                     400,
@@ -57,14 +71,14 @@ class Tools:
                     param="tool_choice",
                     code="invalid_value",
                 )
-            self._callable = [tool for tool in self._offered if tool.function.name == name]
-        else:
-            self._callable = self._offered
+        self._callable = [
+            tool for tool in self._offered if allowed is None or tool.function.name in allowed
+        ]
 
     @property
     def named(self) -> bool:
         """Whether tool_choice names one tool. OpenAI's finish_reason is "stop" in that case."""
-        return isinstance(self._choice, NamedToolChoice)
+        return self._choice == _NAMED
 
     def shown(self) -> list[dict[str, Any]]:
         """The tools for the chat template."""

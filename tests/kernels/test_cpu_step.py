@@ -544,3 +544,25 @@ def test_running_out_of_memory_is_an_error_of_the_call(
     with little_memory(), pytest.raises(MemoryError, match=f"buffers of nybble_{kernel}"):
         call()
     call()
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("shared", [True, False], ids=["one input", "an input for each expert"])
+def test_adapters_on_experts(cpu: CpuLibrary, rows: int, shared: bool) -> None:
+    """One row that several experts share is the first step of every answer to be decoded."""
+    torch.manual_seed(0)
+    each = [
+        [Matrices(torch.randn(4, 64).bfloat16() / 8, torch.randn(4, 40).bfloat16())]
+        for _ in range(6)
+    ]
+    given = LoRASlots.of(each, 64, (0, 40))
+    slots = torch.tensor([[0, 5, 2], [-1, 1, 3], [4, -1, 0]])[:rows]
+    x = torch.randn(rows, *(() if shared else (3,)), 64).bfloat16()
+    found, expected = torch.ones(2, rows, 3, 40).bfloat16()
+    add, plain = cpu.grouped_lora(slots, 6), reference.grouped_lora(slots, 6)
+    assert add is not None
+    assert plain is not None
+    add(found, x, given)
+    plain(expected, x, given)
+    torch.testing.assert_close(found, expected, rtol=2**-6, atol=2**-4)
+    assert (found[slots < 0] == 1).all()

@@ -90,6 +90,36 @@ def test_statistics_of_an_expert_are_those_of_its_tokens(folder: Path) -> None:
     assert torch.equal(found[names[3]].second_moment, torch.eye(HIDDEN))
 
 
+def test_shared_experts_are_calibrated_though_they_run_after_the_others(
+    tmp_path: Path,
+) -> None:
+    config = AutoConfig.for_model(
+        "glm4_moe",
+        vocab_size=300,
+        hidden_size=HIDDEN,
+        intermediate_size=64,
+        moe_intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        n_routed_experts=EXPERTS,
+        num_experts_per_tok=2,
+        n_group=1,
+        topk_group=1,
+        n_shared_experts=1,
+        first_k_dense_replace=0,
+        max_position_embeddings=128,
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    blocks = DecoderLayers(tmp_path, CPU, 40)
+    hidden, block = blocks.embed(texts()), blocks.load(0)
+    names = [group.linears[0].name for group in blocks.groups(0)]
+    found = blocks.statistics(block, hidden, names)
+    shared = {name: found[name].tokens for name in names if "shared" in name}
+    assert list(shared.values()) == [240, 240]
+
+
 @pytest.mark.parametrize("format", ["gptq", "awq"])
 def test_experts_that_saw_too_few_tokens_are_named(
     reference: Any, folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, format: str

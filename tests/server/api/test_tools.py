@@ -254,13 +254,19 @@ def request(**options: Any) -> dict[str, Any]:
     }
 
 
+def allowed(*names: str) -> dict[str, Any]:
+    tools = [{"type": "function", "function": {"name": name}} for name in names]
+    return {"type": "allowed_tools", "allowed_tools": {"mode": "required", "tools": tools}}
+
+
 @pytest.mark.parametrize("template", [HERMES, LLAMA])
 def test_required_and_named_calls_are_valid_streaming_or_not(engine: Engine, template: str) -> None:
     engine.tokenizer.chat_template = template
     named = {"type": "function", "function": {"name": "clock"}}
+    one = allowed("clock")
 
     async def scenario(client: Client) -> None:
-        for choice, reason in (("required", "tool_calls"), (named, "stop")):
+        for choice, reason in (("required", "tool_calls"), (named, "stop"), (one, "tool_calls")):
             body = request(tool_choice=choice, parallel_tool_calls=False, max_tokens=800)
             body["logit_bias"] = without_white_space(engine.tokenizer)
             answer = await (await client.post(CHAT, json=body)).json()
@@ -268,7 +274,7 @@ def test_required_and_named_calls_are_valid_streaming_or_not(engine: Engine, tem
             assert answer["choices"][0]["finish_reason"] == reason
             assert answer["choices"][0]["message"]["content"] is None
             arguments = json.loads(call["function"]["arguments"])
-            if choice == named or call["function"]["name"] == "clock":
+            if choice in (named, one) or call["function"]["name"] == "clock":
                 assert arguments["zone"] in ("utc", "cet")
             else:
                 assert set(arguments) == {"city"}
@@ -416,6 +422,9 @@ def test_a_message_with_an_empty_list_of_calls_is_one_without(engine: Engine) ->
         ({"tools": None, "tool_choice": "required"}, "tool_choice"),
         ({"tool_choice": {"type": "function", "function": {"name": "nope"}}}, "tool_choice"),
         ({"tool_choice": "sometimes"}, "tool_choice"),
+        ({"tool_choice": {"type": "custom", "custom": {"name": "clock"}}}, "tool_choice"),
+        ({"tool_choice": allowed("nope")}, "tool_choice"),
+        ({"tool_choice": allowed()}, "tool_choice.allowed_tools.allowed_tools.tools"),
         ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools[0].function.name"),
         ({"tools": [{"type": "search"}]}, "tools[0].type"),
         ({"guided_regex": "a"}, "tools"),
