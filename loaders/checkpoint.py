@@ -261,15 +261,21 @@ class FolderCheckpoint:
             return module, self.quantization.read(shards, module)
         name = module + ".weight"
         weight = shards.read(name)
-        if not weight.is_floating_point():
+        if not weight.is_floating_point() or weight.dtype.itemsize == 1:
             raise CheckpointError(
-                f"{self.folder}: {name} is {weight.dtype}, expected a floating-point tensor; "
+                f"{self.folder}: {name} is {weight.dtype}, expected 16 or 32 bits; "
                 f"the checkpoint's format is {self.format}"
             )
         if module not in self.architecture.linears and module != self.architecture.head:
             return name, weight
-        if weight.ndim != 2:
-            raise CheckpointError(f"{self.folder}: {name} has shape {tuple(weight.shape)}")
+        linear = self.architecture.linears.get(module)
+        # The head's rows may be more than config.json says, or an adapter's.
+        expected = weight.shape if linear is None else (linear.out, linear.inputs)
+        if weight.ndim != 2 or weight.shape != expected:
+            raise CheckpointError(
+                f"{self.folder}: {name} has shape {tuple(weight.shape)}"
+                + ("" if linear is None else f", config.json says {tuple(expected)}")
+            )
         bias = module + ".bias"
         return module, DenseWeight(
             weight, shards.read(bias, (weight.shape[0],)) if bias in shards else None

@@ -114,8 +114,17 @@ class Shards:
         """Raises CheckpointError if files are missing, truncated or in another format."""
         self.folder = folder
         self._file_of: dict[str, TensorFile] = {}
+        places = self._index() if (folder / _INDEX).is_file() else {}
         for file in self._files():
-            self._file_of.update(dict.fromkeys(file.names(), file))
+            for name in file.names():
+                other = self._file_of.get(name)
+                if other is not None and name not in places:
+                    raise CheckpointError(
+                        f"the tensor {name} is in {other.path} and in {file.path}: remove the file "
+                        "that does not belong to the model"
+                    )
+                if other is None or places[name] == file.path.name:
+                    self._file_of[name] = file
         self._check_index()
         self._stored, self.other_parts = _of_language_model(list(self._file_of))
         self._parts: dict[str, Part] = {}

@@ -159,7 +159,10 @@ def mixture(
         ``up_proj`` if there is no gate, and ``down_proj (experts, hidden, intermediate)`` in
         checkpoints that stack the experts.
     options: further fields of :class:`Mixture`.
+
+    Raises UnsupportedModelError if the experts cannot be chosen as ``router`` says.
     """
+    _require_groups(experts, top_k, router)
     *ups, down = (f"{module}.experts.{{}}.{name}.weight" for name in names)
     together = "gate_up_proj" if len(ups) > 1 else "up_proj"
 
@@ -184,6 +187,17 @@ def mixture(
         ),
         **options,
     )
+
+
+def _require_groups(experts: int, top_k: int, router: Router) -> None:
+    groups, chosen = router.groups, router.topk_groups
+    if experts % groups or chosen > groups:
+        raise UnsupportedModelError(
+            f"{experts} experts in {groups} groups, of which {chosen} are chosen: expected groups "
+            "of equal size, and no more chosen than there are"
+        )
+    if groups > 1 and top_k > (most := experts // groups * chosen):
+        raise UnsupportedModelError(f"{top_k} experts are chosen of the {most} that can be")
 
 
 def fused_gated_mlp(

@@ -285,3 +285,65 @@ def test_a_mixture_on_a_gpu_in_float32_is_refused_before_anything_is_read(
             dtype=torch.float32,
             max_model_len=16,
         )
+
+
+@pytest.mark.parametrize(("extra", "order"), [("a", "ab"), ("c", "bc")])
+def test_a_tensor_in_two_files_is_the_one_that_the_index_names_or_refused(
+    folder_of: Callable[..., Path], tmp_path: Path, extra: str, order: str
+) -> None:
+    folder = tmp_path / "m"
+    shutil.copytree(folder_of("qwen3_moe"), folder)
+    (folder / "model.safetensors").rename(folder / "b.safetensors")
+    tensors = load_file(folder / "b.safetensors")
+    expert, router = (f"model.layers.1.mlp.{n}" for n in ("experts.2.down_proj", "gate"))
+    doubled = {f"{each}.weight": tensors[f"{each}.weight"] + 1 for each in (expert, router)}
+    save_file(doubled, folder / f"{extra}.safetensors")
+    where = " and in ".join(f".*/{each}.safetensors" for each in order)
+    with pytest.raises(CheckpointError, match=f"the tensor model.layers.1.mlp.* is in {where}"):
+        list(open_checkpoint(folder).weights())
+    places = dict.fromkeys(tensors, "b.safetensors") | {f"{router}.weight": f"{extra}.safetensors"}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    found: dict[str, Any] = dict(open_checkpoint(folder).weights())
+    assert torch.equal(found[expert].weight, tensors[f"{expert}.weight"])
+    assert torch.equal(found[f"{router}.weight"], doubled[f"{router}.weight"])
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda t: t.T.contiguous(), r"has shape \(32, 48\), config.json says \(48, 32\)"),
+        (lambda t: t[1:].clone(), r"has shape \(47, 32\), config.json says \(48, 32\)"),
+        (lambda t: t.to(torch.float8_e4m3fn), "is torch.float8_e4m3fn, expected 16 or 32 bits"),
+    ],
+)
+def test_a_tensor_of_another_shape_or_type_is_refused_by_name(
+    folder_of: Callable[..., Path],
+    tmp_path: Path,
+    change: Callable[[Tensor], Tensor],
+    reason: str,
+) -> None:
+    name = "model.layers.1.mlp.experts.2.up_proj.weight"
+
+    def other(tensors: dict[str, Tensor]) -> None:
+        tensors[name] = change(tensors[name])
+
+    folder = changed(folder_of("qwen3_moe"), tmp_path / "m", other)
+    with pytest.raises(CheckpointError, match=f"{name} {reason}"):
+        list(open_checkpoint(folder).weights())
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"n_group": 3}, "8 experts in 3 groups"),
+        ({"topk_group": 5}, "8 experts in 4 groups, of which 5 are chosen"),
+        ({"topk_group": 1}, "4 experts are chosen of the 2 that can be"),
+    ],
+)
+def test_groups_that_experts_cannot_be_in_are_refused(
+    settings: dict[str, Any], reason: str
+) -> None:
+    groups = {"n_routed_experts": 8, "n_group": 4, "topk_group": 2, "num_experts_per_tok": 4}
+    architecture_of(AutoConfig.for_model("deepseek_v3", **groups))
+    with pytest.raises(UnsupportedModelError, match=reason):
+        architecture_of(AutoConfig.for_model("deepseek_v3", **groups | settings))
