@@ -165,7 +165,11 @@ def test_function_calls_are_items_with_events_of_their_own(engine: Engine) -> No
         "model": "tiny",
         "input": "what time is it",
         "tools": [{"type": "function", **CLOCK["function"]}],  # type: ignore[dict-item]
-        "tool_choice": "required",
+        "tool_choice": {
+            "type": "allowed_tools",
+            "mode": "required",
+            "tools": [{"type": "function", "name": "clock"}],
+        },
         "parallel_tool_calls": False,
         "max_output_tokens": 800,
     }

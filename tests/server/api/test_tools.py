@@ -424,7 +424,7 @@ def test_a_message_with_an_empty_list_of_calls_is_one_without(engine: Engine) ->
         ({"tool_choice": "sometimes"}, "tool_choice"),
         ({"tool_choice": {"type": "custom", "custom": {"name": "clock"}}}, "tool_choice"),
         ({"tool_choice": allowed("nope")}, "tool_choice"),
-        ({"tool_choice": allowed()}, "tool_choice.allowed_tools.allowed_tools.tools"),
+        ({"tool_choice": allowed()}, "tool_choice.allowed_tools.tools"),
         ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools[0].function.name"),
         ({"tools": [{"type": "search"}]}, "tools[0].type"),
         ({"guided_regex": "a"}, "tools"),
