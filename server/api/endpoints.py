@@ -243,7 +243,6 @@ class Endpoints:
         formatter = ResponsesFormatter(
             group.id, body, int(time.time()), group.params, form, logprobs, ended=save
         )
-        formatter.response["store"] = store is not None
         queued = formatter.response | {"status": "queued", "output": []}
         return group, formatter, StoredResponse(call.owner, queued, items)
 

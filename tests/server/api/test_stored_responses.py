@@ -379,6 +379,6 @@ def test_a_response_that_could_not_be_stored_is_not_begun(
             async with client.post(RESPONSES, json=body) as response:
                 assert response.status == 507
                 assert (await response.json())["error"]["code"] == "disk_full"
-        assert (await respond(client, store=False))["store"] is False
+        assert (await respond(client, store=False))["output"]
 
     run(engine, scenario, response_store=store)
