@@ -123,7 +123,7 @@ class Shards:
                         f"the tensor {name} is in {other.path} and in {file.path}: remove the file "
                         "that does not belong to the model"
                     )
-                if other is None or places[name] == file.path.name:
+                if other is None or folder / places[name] == file.path:
                     self._file_of[name] = file
         self._check_index()
         self._stored, self.other_parts = _of_language_model(list(self._file_of))

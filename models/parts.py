@@ -196,6 +196,11 @@ def _require_groups(experts: int, top_k: int, router: Router) -> None:
             f"{experts} experts in {groups} groups, of which {chosen} are chosen: expected groups "
             "of equal size, and no more chosen than there are"
         )
+    if router.group_score == "top2" and experts // groups < 2:
+        raise UnsupportedModelError(
+            f"{experts} experts in {groups} groups: a group's score is that of its best two, so "
+            "that it has two or more"
+        )
     if groups > 1 and top_k > (most := experts // groups * chosen):
         raise UnsupportedModelError(f"{top_k} experts are chosen of the {most} that can be")
 

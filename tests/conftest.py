@@ -75,7 +75,9 @@ def products_are_as_of_tensor_cores() -> Iterator[None]:
     def create_dot(self: Any, a: Any, b: Any, d: Any, *options: Any) -> Any:
         if d.data.dtype != "float32":
             return given(self, a, b, d, *options)
-        nothing = handle(d.data.astype("float64") * 0, interpreter.tl.float64)
+        nothing = d.data.astype("float64")
+        nothing[...] = 0
+        nothing = handle(nothing, interpreter.tl.float64)
         found = given(self, a, b, nothing, *options).data.astype("float32")
         return handle(found + d.data, d.dtype.scalar)
 

@@ -135,12 +135,16 @@ class ResponseStore:
             if not self._failing:
                 logger.error("responses cannot be stored: %s", error)
             self._failing = True
+        except Exception:  # of this response alone: nobody else would say so
+            logger.exception("response %s cannot be stored", stored.id)
+            self._pending.pop(stored.id, None)
 
     def _write_pending(self) -> None:
         for stored in list(self._pending.values()):
             self._write(stored)
+        if self._failing:
+            logger.info("responses can be stored again")
         self._failing = False
-        logger.info("responses can be stored again")
 
     def _write(self, stored: StoredResponse) -> None:
         response, items = (zlib.compress(to_json(each)) for each in (stored.response, stored.items))

@@ -336,6 +336,7 @@ def test_a_tensor_of_another_shape_or_type_is_refused_by_name(
     ("settings", "reason"),
     [
         ({"n_group": 3}, "8 experts in 3 groups"),
+        ({"n_group": 8}, "8 experts in 8 groups: a group's score is that of its best two"),
         ({"topk_group": 5}, "8 experts in 4 groups, of which 5 are chosen"),
         ({"topk_group": 1}, "4 experts are chosen of the 2 that can be"),
     ],

@@ -364,6 +364,23 @@ def test_what_a_full_disk_does_not_take_is_written_when_there_is_room(
     assert told == ["responses cannot be stored: database or disk is full"]
 
 
+def test_one_that_is_no_json_is_told_of_and_hinders_no_other(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def scenario() -> None:
+        store = ResponseStore(tmp_path / "responses.db", 1 << 20)
+        for id, output in (("a", [object()]), ("b", [])):
+            store.save(StoredResponse("", {"id": id, "status": "completed", "output": output}, []))
+        assert not await store.delete("c", "")  # behind what is being written
+        await store.ready()
+        assert await store.get("a", "") is None
+        assert await store.get("b", "") is not None
+        store.close()
+
+    asyncio.run(scenario())
+    assert "response a cannot be stored" in caplog.text
+
+
 def test_a_response_that_could_not_be_stored_is_not_begun(
     engine: Engine, store: tuple[Path, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
