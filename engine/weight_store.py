@@ -200,7 +200,7 @@ def _cut(weight: Weight, start: int, stop: int) -> Weight:
 def _require_shape(name: str, found: tuple[int, ...], expected: tuple[int, ...]) -> None:
     # The kernels go by config.json's sizes and would read beyond what is there.
     if found != expected:
-        raise ValueError(f"{name} has shape {found}, expected {expected} by config.json")
+        raise ValueError(f"{name} has shape {found}, config.json says {expected}")
 
 
 def _require_bias(name: str, weight: Weight, needed: bool) -> None:

@@ -20,10 +20,10 @@ CONFIG = EngineConfig(dtype=torch.bfloat16, kv_cache_bytes=1 << 20)
 @pytest.mark.parametrize(
     ("setting", "value", "named"),
     [
-        ("vocab_size", 400, "model.embed_tokens.weight has shape (320, 128), expected (400, 128)"),
-        ("num_key_value_heads", 4, "self_attn.qkv_proj has shape (256, 128), expected (384, 128)"),
-        ("intermediate_size", 512, "mlp.gate_up_proj has shape (512, 128), expected (1024, 128)"),
-        ("hidden_size", 256, "model.embed_tokens.weight has shape (320, 128), expected (320, 256)"),
+        ("vocab_size", 400, "model.embed_tokens.weight has shape (320, 128)"),
+        ("num_key_value_heads", 4, "self_attn.k_proj.weight has shape (64, 128)"),
+        ("intermediate_size", 512, "mlp.down_proj.weight has shape (128, 256)"),
+        ("hidden_size", 256, "mlp.down_proj.weight has shape (128, 256)"),
     ],
 )
 def test_a_config_that_contradicts_the_tensors_is_refused(
@@ -32,7 +32,7 @@ def test_a_config_that_contradicts_the_tensors_is_refused(
     folder = shutil.copytree(tiny_model(), tmp_path / "model")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {setting: value}))
-    with pytest.raises(ValueError, match="by config") as refused:
+    with pytest.raises(ValueError, match=r"has shape \(.*, config.json says \(") as refused:
         Engine.load(open_checkpoint(folder), CONFIG, progress=False)
     assert named in str(refused.value)
 
@@ -55,6 +55,6 @@ def test_a_tensor_that_is_too_short_is_named(
     tensors = load_file(folder / "model.safetensors")
     tensors[name] = tensors[name][:64].contiguous()
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ValueError, match="by config") as refused:
+    with pytest.raises(ValueError, match=r"has shape \(.*, config.json says \(") as refused:
         Engine.load(open_checkpoint(folder), CONFIG, progress=False)
-    assert str(refused.value).startswith(f"{name.removesuffix('.weight')}")
+    assert name.removesuffix(".weight") in str(refused.value)
