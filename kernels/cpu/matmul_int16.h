@@ -123,7 +123,12 @@ struct LevelCodes : RoundedLevels {
 
 template <class Codes>
 class Product {
-    static constexpr int64_t kFewRows = 8;
+    // Rows that weights are unpacked for once, or twice: with more it is better to keep them unpacked.
+#if defined(__AVX512BW__)
+    static constexpr int64_t kRowsUnpacking = 8, kFewRows = 8;
+#else
+    static constexpr int64_t kRowsUnpacking = 6, kFewRows = 12;
+#endif
 
    public:
     Product(const PackedArgs& args, int threads)
@@ -159,14 +164,21 @@ class Product {
 
     // No more at once than there are registers for.
     void few_rows(int64_t tile, int64_t count) const {
-#if defined(__AVX512BW__)
-        constexpr int64_t most = 8;
-#else
-        constexpr int64_t most = 6;
-#endif
-        const int64_t first = a.rows <= most ? a.rows : a.rows / 2;
-        some_rows(0, first, tile, count);
-        some_rows(first, a.rows - first, tile, count);
+        evenly(a.rows, kRowsUnpacking, [&](int64_t row, int64_t rows) {
+            some_rows(row, rows, tile, count);
+        });
+    }
+
+    // Calls `part(first row, rows)` for parts of at most so many rows that differ by one at most: a
+    // small part takes nearly as long as a full one.
+    template <class Part>
+    static void evenly(int64_t rows, int64_t most, Part part) {
+        const int64_t parts = (rows + most - 1) / most;
+        for (int64_t i = 0, row = 0; i < parts; ++i) {
+            const int64_t size = rows / parts + (i < rows % parts);
+            part(row, size);
+            row += size;
+        }
     }
 
     void some_rows(int64_t row, int64_t rows, int64_t tile, int64_t count) const {
@@ -261,13 +273,9 @@ class Product {
                 unpack(span, tile + t, buffer);
                 const Scaling scaling = a.scaling(tile + t, span.group);
                 float* of_tile = totals + t * rows * 16;
-                int64_t r = 0;
-                for (; r + kBlock <= rows; r += kBlock)
-                    block<kBlock>(index, row + r, scaling, buffer, of_tile + r * 16);
-                for (; r + 2 <= rows; r += 2)
-                    block<2>(index, row + r, scaling, buffer, of_tile + r * 16);
-                for (; r < rows; ++r)
-                    block<1>(index, row + r, scaling, buffer, of_tile + r * 16);
+                evenly(rows, kBlock, [&](int64_t r, int64_t size) {
+                    block<kBlock>(size, index, row + r, scaling, buffer, of_tile + r * 16);
+                });
             }
         }
         for (int64_t t = 0; t < count; ++t)
@@ -293,7 +301,15 @@ class Product {
     static constexpr int kBlock = 6;
 #endif
 
-    // R rows against an unpacked span (pairs, 16), added to totals (R, 16).
+    // At most R rows against an unpacked span (pairs, 16), added to totals (rows, 16).
+    template <int R>
+    void block(int64_t rows, int64_t index, int64_t row, const Scaling& scaling,
+               const float* pairs, float* totals) const {
+        if constexpr (R > 1)
+            if (rows < R) return block<R - 1>(rows, index, row, scaling, pairs, totals);
+        block<R>(index, row, scaling, pairs, totals);
+    }
+
     template <int R>
     void block(int64_t index, int64_t row, const Scaling& scaling, const float* pairs,
                float* totals) const {

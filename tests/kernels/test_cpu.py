@@ -70,7 +70,7 @@ def assert_close(found: Tensor, exact: Tensor, magnitude: Tensor) -> None:
 
 
 SHAPES = {
-    "rows": st.sampled_from([1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 23, 31]),
+    "rows": st.sampled_from([1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 23, 31]),
     "out": st.integers(1, 150),
     "groups": st.integers(1, 4),
     "group": st.sampled_from([8, 16, 32, 64, 128, 136, 264]),
@@ -147,7 +147,7 @@ def test_matmul_of_scales_which_are_exponents(bf16_cpu: CpuLibrary, **shape: Any
 
 
 BYTE_SHAPES = {
-    "rows": st.sampled_from([1, 2, 3, 5, 8, 9, 10, 11, 23]),
+    "rows": st.sampled_from([1, 2, 3, 5, 8, 9, 10, 11, 12, 13, 23]),
     "out": st.integers(1, 150),
     "groups": st.integers(1, 4),
     "group": st.sampled_from([8, 16, 64, 128, 136, 264]),
