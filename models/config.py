@@ -111,8 +111,10 @@ def refuse(config: PretrainedConfig, **neutral: object) -> None:
 
 def windows(config: PretrainedConfig) -> tuple[int, ...]:
     """Each layer's window by ``layer_types`` and ``sliding_window``; 0 for layers that see all."""
-    window = int(getattr(config, "sliding_window", None) or 0)
     kinds = layer_types(config, "sliding_attention", "full_attention")
+    if getattr(config, "sliding_window", None) is None or "sliding_attention" not in kinds:
+        return (0,) * len(kinds)
+    window = size(config, "sliding_window")
     return tuple(window if kind == "sliding_attention" else 0 for kind in kinds)
 
 
