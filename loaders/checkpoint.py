@@ -19,7 +19,7 @@ from nybble.loaders.formats import FORMATS, Format, format_of, unknown_settings
 from nybble.loaders.memory import trimmed
 from nybble.loaders.model_config import load_config
 from nybble.loaders.shards import Shards, module_and_leaf
-from nybble.models import Architecture, architecture_of
+from nybble.models import Architecture, UnsupportedModelError, architecture_of
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +74,10 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder} has no config.json: not a model folder")
     config = load_config(folder)
-    return FolderCheckpoint(folder, config, format_of(folder))
+    try:
+        return FolderCheckpoint(folder, config, format_of(folder))
+    except UnsupportedModelError as error:
+        raise UnsupportedModelError(f"{folder / 'config.json'}: {error}") from error
 
 
 def can_be_rounded(checkpoint: Checkpoint) -> bool:

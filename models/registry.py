@@ -78,11 +78,7 @@ def _numbers(config: PretrainedConfig) -> Iterator[tuple[str, object]]:
             yield name, getattr(config, name, value)
 
 
-# Numbers that families read as they are: counts, which may be 0, and what has to be more than 0.
-_COUNTS = (
-    *("first_k_dense_replace", "moe_layer_start_index", "moe_num_shared_experts"),
-    *("num_local_experts", "num_nextn_predict_layers"),
-)
+# Numbers that families read as they are, and that have to be more than 0.
 _ABOVE_0 = (
     *("attention_multiplier", "embedding_multiplier", "logits_scaling", "residual_multiplier"),
     *("attention_in_multiplier", "attention_out_multiplier", "key_multiplier"),
@@ -98,12 +94,9 @@ def _check_numbers(config: PretrainedConfig) -> None:
 
     ``null`` may stand for a default.
     """
-    for name in (*_COUNTS, *_ABOVE_0):
+    for name in _ABOVE_0:
         if (value := getattr(config, name, None)) is not None:
-            if name in _ABOVE_0:
-                number(name, value, above=0.0)
-            elif number(name, value, least=0.0) % 1:
-                raise UnsupportedModelError(f"{name} is {value!r}, expected a whole number")
+            number(name, value, above=0.0)
     for name, value in _numbers(config):
         if not isinstance(value, int | float) or isinstance(value, bool):
             continue
