@@ -140,7 +140,8 @@ class WeightStore:
         if self._weights:
             names = sorted(self._weights)
             raise self.error(
-                f"{len(names)} weights are not used by this architecture, the first is {names[0]}"
+                f"there are {len(names)} weights this architecture does not use, the first is "
+                f"{names[0]}"
             )
 
     def _require_shape(self, name: str, found: tuple[int, ...], expected: tuple[int, ...]) -> None:

@@ -388,7 +388,7 @@ def test_a_checkpoint_without_a_head_or_a_part_of_it_is_refused_by_name(
         ({"input_layernorm.weight": None}, "has no tensor model.layers.2.input_layernorm.weight"),
         ({"hnorm.weight": torch.ones(5)}, "hnorm.weight is not a norm's weight of 64 entries"),
         ({"eh_proj.weight": torch.ones(64, 64)}, "eh_proj is not a linear layer of 128 inputs"),
-        ({"other.weight": torch.ones(5)}, "weights are not used by this architecture"),
+        ({"other.weight": torch.ones(5)}, "weights this architecture does not use"),
     ):
         having(**changes)
         with pytest.raises(CheckpointError, match=message):
