@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import count, pairwise
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -87,6 +88,7 @@ class Decoder:
         backend: Backend | None = None,
         group: TensorParallel = ALONE,
         captures: Sequence[int] = (),
+        folder: Path | None = None,
     ) -> None:
         """Consumes ``weights`` one at a time (names as in transformers' checkpoints).
 
@@ -97,8 +99,9 @@ class Decoder:
             model's; :attr:`architecture` is then this rank's part.
         captures: layers whose inputs :meth:`forward` captures, in ascending order; as many as there
             are layers means the output of the last.
+        folder: of the checkpoint, which errors name.
 
-        Raises ValueError naming a weight that is missing, unexpected or of another shape, and
+        Raises CheckpointError naming a weight that is missing, unexpected or of another shape, and
         UnsupportedModelError for a mixture of experts that the device has no kernel for.
         """
         self.captures = tuple(captures)
@@ -119,7 +122,7 @@ class Decoder:
         self._norm_tensors: dict[str, tuple[Tensor, Tensor | None]] = {}
         # Of norms of all heads together: this rank's outputs, and how many ranks have the same.
         self._among_all: dict[str, tuple[int, int, int]] = {}
-        store = WeightStore(weights, architecture, device, dtype)
+        store = WeightStore(weights, architecture, device, dtype, folder)
         self.embedding = store.tensor(
             architecture.embedding + ".weight", architecture.vocab, architecture.hidden
         )
@@ -143,9 +146,7 @@ class Decoder:
         first, last = group.share(architecture.vocab)
         head = store.optional_linear(architecture.head, last - first, architecture.hidden)
         if head is None and not architecture.tied:
-            raise ValueError(
-                f"the checkpoint has no {architecture.head} and its embeddings are not tied"
-            )
+            raise store.error(f"there is no {architecture.head}, and the embeddings are not tied")
         part_of = 0 if group.size == 1 else architecture.vocab
         self._head_weight = head or DenseWeight(self.embedding[first:last], part_of=part_of)
         own_head = self.backend.linear(self._head_weight, dtype)

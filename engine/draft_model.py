@@ -194,4 +194,5 @@ def load_draft_decoder(
         max_model_len=max_model_len,
         num_tokens=min(num_tokens, architecture.vocab),
         backend=backend_for(device, config.dtype),
+        folder=draft.folder,
     )

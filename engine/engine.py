@@ -293,6 +293,7 @@ class Engine:
             ),
             group=ranks.group,
             captures=captured_layers(architecture, draft),
+            folder=checkpoint.folder,
         )
         head = load_head(draft, decoder, device, config.dtype)
         adapters = None

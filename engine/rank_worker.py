@@ -132,6 +132,7 @@ class Rank:
                 activations=config.activations,
             ),
             group=self._group,
+            folder=checkpoint.folder,
         )
         self._adapters = None
         if config.adapters is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,14 +14,15 @@ from nybble.engine.parallel import mlps
 from nybble.kernels import DenseWeight, PackedWeight
 from nybble.kernels.matmul import gated_layout, preferred_layout
 from nybble.kernels.packed import Weight
+from nybble.loaders.errors import CheckpointError
 from nybble.models import Architecture, Linear, LinearGroup, Mixture
 
 
 class WeightStore:
     """Consumes weights one at a time; each goes to the device in its back end's layout.
 
-    What is taken is checked against the architecture's sizes. Raises ValueError naming a weight
-    that is missing, has another shape, or was not used.
+    What is taken is checked against the architecture's sizes. Raises CheckpointError naming a
+    weight that is missing, has another shape, or was not used.
     """
 
     def __init__(
@@ -29,7 +31,10 @@ class WeightStore:
         architecture: Architecture,
         device: torch.device,
         dtype: torch.dtype,
+        folder: Path | None = None,
     ) -> None:
+        """folder: of the checkpoint, which errors name."""
+        self._folder = folder
         layout = preferred_layout(device)
         gated = {
             architecture.module(index, mlp.up.name)
@@ -58,14 +63,18 @@ class WeightStore:
                 wide = torch.float32 if name in architecture.tensors else dtype
                 self._weights[name] = weight.to(device, wide)
 
+    def error(self, reason: str) -> CheckpointError:
+        """The error that the checkpoint is not what the architecture says."""
+        return CheckpointError(reason if self._folder is None else f"{self._folder}: {reason}")
+
     def tensor(self, name: str, *shape: int) -> Tensor:
         """The tensor ``name``, which must have this shape."""
         weight = self._weights.pop(name, None)
         if weight is None:
-            raise ValueError(f"the checkpoint has no {name}")
+            raise self.error(f"there is no {name}")
         if not isinstance(weight, Tensor):
-            raise ValueError(f"{name} is a linear layer's weight, expected a plain tensor")
-        _require_shape(name, tuple(weight.shape), shape)
+            raise self.error(f"{name} is a linear layer's weight, expected a plain tensor")
+        self._require_shape(name, tuple(weight.shape), shape)
         return weight
 
     def optional_tensor(self, name: str, columns: int) -> Tensor | None:
@@ -96,8 +105,8 @@ class WeightStore:
         if weight is None:
             return None
         if isinstance(weight, Tensor):
-            raise ValueError(f"{name} is a plain tensor, expected a linear layer's weight")
-        _require_shape(name, (weight.out_features, weight.in_features), (out, inputs))
+            raise self.error(f"{name} is a plain tensor, expected a linear layer's weight")
+        self._require_shape(name, (weight.out_features, weight.in_features), (out, inputs))
         return weight
 
     def group(self, module: str, group: LinearGroup) -> tuple[Weight, ...]:
@@ -108,7 +117,7 @@ class WeightStore:
         whole = self.optional_linear(module + group.name, group.out, group.inputs)
         if whole is not None:
             needs_bias = any(linear.bias for linear in group.linears)
-            _require_bias(module + group.linears[0].name, whole, needs_bias)
+            self._require_bias(module + group.linears[0].name, whole, needs_bias)
             return (whole,)
         return tuple(self._linear(module, linear) for linear in group.linears)
 
@@ -122,18 +131,28 @@ class WeightStore:
     def _linear(self, module: str, linear: Linear) -> Weight:
         weight = self.optional_linear(module + linear.name, linear.out, linear.inputs)
         if weight is None:
-            raise ValueError(f"the checkpoint has no {module}{linear.name}")
-        _require_bias(module + linear.name, weight, linear.bias)
+            raise self.error(f"there is no {module}{linear.name}")
+        self._require_bias(module + linear.name, weight, linear.bias)
         return weight
 
     def finish(self) -> None:
         """Refuse weights that no part used: ignoring them would change the model."""
         if self._weights:
             names = sorted(self._weights)
-            raise ValueError(
-                f"the checkpoint has {len(names)} weights this architecture does not use, "
-                f"the first is {names[0]}"
+            raise self.error(
+                f"there are {len(names)} weights this architecture does not use, the first is "
+                f"{names[0]}"
             )
+
+    def _require_shape(self, name: str, found: tuple[int, ...], expected: tuple[int, ...]) -> None:
+        # The kernels go by config.json's sizes and would read beyond what is there.
+        if found != expected:
+            raise self.error(f"{name} has shape {found}, config.json says {expected}")
+
+    def _require_bias(self, name: str, weight: Weight, needed: bool) -> None:
+        # One that is not needed is computed: some GPTQ writers store zeros for every layer.
+        if needed and weight.bias is None:
+            raise self.error(f"there is no {name}.bias, which this architecture has")
 
 
 def expert_places(architecture: Architecture) -> dict[str, tuple[str, int, int]]:
@@ -195,15 +214,3 @@ def _cut(weight: Weight, start: int, stop: int) -> Weight:
         return weight.to_layout("rows").rows(start, stop).to_layout(weight.layout)
     bias = None if weight.bias is None else weight.bias[start:stop]
     return replace(weight, weight=weight.weight[start:stop], bias=bias)
-
-
-def _require_shape(name: str, found: tuple[int, ...], expected: tuple[int, ...]) -> None:
-    # The kernels go by config.json's sizes and would read beyond what is there.
-    if found != expected:
-        raise ValueError(f"{name} has shape {found}, config.json says {expected}")
-
-
-def _require_bias(name: str, weight: Weight, needed: bool) -> None:
-    # One that is not needed is computed: some GPTQ writers store zeros for every layer.
-    if needed and weight.bias is None:
-        raise ValueError(f"the checkpoint has no {name}.bias, which this architecture has")

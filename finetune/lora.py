@@ -148,5 +148,6 @@ def save_adapter(
         "fan_in_fan_out": False,
         "inference_mode": True,
     }
-    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2))
+    # The config last: what has one is taken for an adapter.
     write_safetensors(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2))

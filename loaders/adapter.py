@@ -43,8 +43,8 @@ from nybble.loaders.adapter_tensors import (
 )
 from nybble.loaders.adapter_tokens import TOKEN_FILES
 from nybble.loaders.adapter_vectors import vector_changes
-from nybble.loaders.errors import AdapterError
-from nybble.models import Architecture
+from nybble.loaders.errors import AdapterError, unreadable
+from nybble.models import Architecture, Mixture
 
 __all__ = [
     "MAX_RANK",
@@ -130,7 +130,7 @@ def load_adapter(folder: Path, architecture: Architecture) -> LoRAAdapter:
     path, content, tensors = _read(folder)
     digest = blake2b((folder / CONFIG_FILE).read_bytes(), digest_size=_DIGEST_BYTES)
     digest.update(content)
-    names = _Names(path, shapes)
+    names = _Names(path, shapes, _routers(architecture))
     parts: dict[str, dict[str, Tensor]] = {}
     stacked = {key: tensor for key, tensor in tensors.items() if is_of_stacked_experts(key)}
     at_ends = end_keys(tensors, architecture)
@@ -198,7 +198,9 @@ def _read(folder: Path) -> tuple[Path, bytes, dict[str, Tensor]]:
         try:
             return path, content, load_safetensors(content)
         except SafetensorError as error:
-            raise AdapterError(f"{path} is truncated or not safetensors: {error}") from error
+            raise AdapterError(
+                unreadable(path, f"is truncated or not safetensors: {error}")
+            ) from error
     raise AdapterError(
         f"{folder} has no {_SAFETENSORS}. Pickled adapters (adapter_model.bin) can run code and "
         "are not read; peft converts one: PeftModel.from_pretrained(base, FOLDER).save_pretrained("
@@ -215,9 +217,13 @@ def _natural(key: str) -> list[tuple[int, str]]:
 class _Names:
     """Maps module names between the base and the model that was trained."""
 
-    def __init__(self, path: Path, shapes: Mapping[str, tuple[int, int]]) -> None:
+    def __init__(
+        self, path: Path, shapes: Mapping[str, tuple[int, int]], routers: Collection[str]
+    ) -> None:
+        """routers: the last parts of the names of routers and of shared experts' gates."""
         self._path = path
         self._shapes = shapes
+        self._routers = routers
         self._by_layer = {_in_layer(name): name for name in shapes}
         # The prefix which training put before every layer, once known.
         self._around: str | None = None
@@ -235,6 +241,13 @@ class _Names:
         inside = _in_layer(trained)
         around = trained.removesuffix(inside)
         module = self._by_layer.get(inside)
+        if module is None and (leaf := trained.rpartition(".")[2]) in self._routers:
+            raise AdapterError(
+                f"{self._path}: {key} is for {trained}, which weighs experts: adapters cannot "
+                "change it here; train with target_modules (and target_parameters, for experts) "
+                f"that name what to change, without {leaf}, and not with all-linear; or serve what "
+                "peft's merge_and_unload makes of base and adapter"
+            )
         if module is None or not AROUND.fullmatch(around):
             raise AdapterError(
                 f"{self._path}: {key} is for {trained}, {_unknown(trained, self._shapes)}"
@@ -248,6 +261,15 @@ class _Names:
         """The name of a base module in training, as adapter_config.json uses it."""
         inside = _in_layer(module)
         return module if self._around is None or inside == module else self._around + inside
+
+
+def _routers(architecture: Architecture) -> set[str]:
+    names = []
+    for layer in architecture.layers:
+        if isinstance(layer.mlp, Mixture):
+            names += [layer.mlp.router.module, layer.mlp.shared_gate or ""]
+            names += [name.removesuffix(".weight") for name in layer.mlp.router.aliases]
+    return {name.rpartition(".")[2] for name in names if name}
 
 
 def _in_layer(module: str) -> str:

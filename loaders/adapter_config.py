@@ -17,7 +17,7 @@ from typing import Any, Literal, TypeVar
 
 import regex
 
-from nybble.loaders.errors import AdapterError
+from nybble.loaders.errors import AdapterError, unreadable
 
 logger = logging.getLogger(__name__)
 
@@ -118,7 +118,9 @@ class AdapterSettings:
         try:
             config = json.loads(path.read_text())
         except (ValueError, RecursionError) as error:
-            raise AdapterError(f"{path} is not JSON that can be read: {error}") from error
+            raise AdapterError(
+                unreadable(path, f"is not JSON that can be read: {error}")
+            ) from error
         if not isinstance(config, dict):
             raise AdapterError(f"{path} is not a JSON object")
         _refuse_unsupported(path, config)

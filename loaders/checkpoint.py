@@ -15,11 +15,11 @@ from nybble.kernels import DenseWeight, PackedWeight
 from nybble.kernels.packed import stack_outputs
 from nybble.loaders.errors import CheckpointError
 from nybble.loaders.experts import open_shards
-from nybble.loaders.formats import FORMATS, Format, format_of
+from nybble.loaders.formats import FORMATS, Format, format_of, unknown_settings
 from nybble.loaders.memory import trimmed
 from nybble.loaders.model_config import load_config
-from nybble.loaders.shards import Shards
-from nybble.models import Architecture, architecture_of
+from nybble.loaders.shards import Shards, module_and_leaf
+from nybble.models import Architecture, UnsupportedModelError, architecture_of
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +74,10 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder} has no config.json: not a model folder")
     config = load_config(folder)
-    return FolderCheckpoint(folder, config, format_of(folder))
+    try:
+        return FolderCheckpoint(folder, config, format_of(folder))
+    except UnsupportedModelError as error:
+        raise UnsupportedModelError(f"{folder / 'config.json'}: {error}") from error
 
 
 def can_be_rounded(checkpoint: Checkpoint) -> bool:
@@ -110,15 +113,11 @@ class FolderCheckpoint:
         Raises CheckpointError for a tensor that no reader here knows, and for a missing one that a
         quantized module or the family needs. Ignoring either would silently change the model.
         """
-        for module in self.architecture.weighted:
-            if module not in shards.modules:
-                raise CheckpointError(
-                    f"{self.folder} has no tensor {module}.weight, which "
-                    f"{self.architecture.family} models have"
-                )
+        self._require_modules(shards)
         biased = {name for name, linear in self.architecture.linears.items() if linear.bias}
         if self.architecture.head_bias:
             biased.add(self.architecture.head)
+        linears = {*self.architecture.linears, self.architecture.head}
         ignored: Mapping[str, str] = self.quantization.ignored if self.quantization else {}
         unused: dict[str, list[str]] = {}
         for module, leaves in shards.modules.items():
@@ -132,6 +131,8 @@ class FolderCheckpoint:
                 raise CheckpointError(
                     f"{self.folder} has no tensor {module}.bias, which {family} models have"
                 )
+            if module in linears and module not in biased and "bias" in leaves:
+                self._require_zeros(shards, leaves["bias"])
             for leaf, name in leaves.items():
                 if leaf in ignored:
                     unused.setdefault(ignored[leaf], []).append(name)
@@ -147,6 +148,15 @@ class FolderCheckpoint:
             )
         if self.quantization is not None and (remark := self.quantization.remark):
             logger.warning("%s: %s", self.folder, remark)
+        if self.quantization is not None and (
+            unknown := unknown_settings(self.quantization.settings)
+        ):
+            logger.warning(
+                "%s: the quantization settings have %s, which is not known here: if it changes "
+                "what the weights mean, the output is wrong",
+                self.folder,
+                ", ".join(unknown),
+            )
         if self.quantization is not None and (rounding := self.quantization.rounding(shards)):
             logger.info("%s: %s", self.folder, rounding)
         if shards.other_parts:
@@ -163,6 +173,43 @@ class FolderCheckpoint:
                 names[0],
                 len(names),
                 reason,
+            )
+
+    def _require_modules(self, shards: Shards) -> None:
+        """Raises CheckpointError for a module or a tensor that is not there."""
+        about, family = self.architecture, self.architecture.family
+        for module in about.weighted:
+            if module not in shards.modules:
+                raise CheckpointError(
+                    f"{self.folder} has no tensor {module}.weight, which {family} models have"
+                )
+        for module in about.linears:
+            if module not in shards.modules:
+                raise CheckpointError(
+                    f"{self.folder} has no tensor of {module}, which {family} models have"
+                )
+        for name in sorted(about.tensors):
+            # A router may be quantized: it has other tensors then.
+            if name not in shards and module_and_leaf(name)[0] not in shards.modules:
+                raise CheckpointError(
+                    f"{self.folder} has no tensor {name}, which {family} models have"
+                )
+        if not (about.tied or about.only) and about.head not in shards.modules:
+            raise CheckpointError(
+                f"{self.folder} has no tensor {about.head}.weight, and tie_word_embeddings of "
+                "config.json does not say that the embedding is used in its place"
+            )
+
+    def _require_zeros(self, shards: Shards, name: str) -> None:
+        """Refuse a bias that config.json does not speak of, unless it adds nothing.
+
+        transformers would leave it out. Some GPTQ writers store zeros for every layer.
+        """
+        if shards.read(name).count_nonzero():
+            raise CheckpointError(
+                f"{self.folder} has a tensor {name} that is not zero, but by its config.json this "
+                f"{self.architecture.family} model has no bias there: get the config.json that "
+                "belongs to the weights, or remove the tensor"
             )
 
     def _require_quantized(self, shards: Shards) -> None:
@@ -258,7 +305,9 @@ class FolderCheckpoint:
         if self.quantization and self.quantization.owns(shards.modules[module]):
             if module == self.architecture.embedding:
                 return module + ".weight", self.quantization.embedding(shards, module)
-            return module, self.quantization.read(shards, module)
+            read = self.quantization.read(shards, module)
+            self._require_shape(module, (read.out_features, read.in_features))
+            return module, read
         name = module + ".weight"
         weight = shards.read(name)
         if not weight.is_floating_point() or weight.dtype.itemsize == 1:
@@ -268,15 +317,19 @@ class FolderCheckpoint:
             )
         if module not in self.architecture.linears and module != self.architecture.head:
             return name, weight
-        linear = self.architecture.linears.get(module)
-        # The head's rows may be more than config.json says, or an adapter's.
-        expected = weight.shape if linear is None else (linear.out, linear.inputs)
-        if weight.ndim != 2 or weight.shape != expected:
-            raise CheckpointError(
-                f"{self.folder}: {name} has shape {tuple(weight.shape)}"
-                + ("" if linear is None else f", config.json says {tuple(expected)}")
-            )
+        self._require_shape(name, tuple(weight.shape))
         bias = module + ".bias"
         return module, DenseWeight(
             weight, shards.read(bias, (weight.shape[0],)) if bias in shards else None
         )
+
+    def _require_shape(self, name: str, shape: tuple[int, ...]) -> None:
+        """name: of a linear layer, or of its weight."""
+        linear = self.architecture.linears.get(name.removesuffix(".weight"))
+        # The head's rows may be more than config.json says, or an adapter's.
+        expected = shape if linear is None else (linear.out, linear.inputs)
+        if len(shape) != 2 or shape != expected:
+            raise CheckpointError(
+                f"{self.folder}: {name} has shape {shape}"
+                + ("" if linear is None else f", config.json says {expected}")
+            )

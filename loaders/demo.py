@@ -41,13 +41,15 @@ def demo_from_packages(folder: Path) -> None:
     # Imported here: reading GGUF needs a package that serving other models does not.
     from nybble.loaders.gguf.dense import convert_gguf
 
-    gguf = demo_gguf(scratch / "model.gguf")
-    converted = scratch / "converted"
-    convert_gguf(gguf, converted, tied=True)
-    settings = converted / "generation_config.json"
-    settings.write_text(json.dumps({**json.loads(settings.read_text()), **_SAMPLING}))
-    converted.rename(folder)
-    shutil.rmtree(scratch)
+    try:
+        gguf = demo_gguf(scratch / "model.gguf")
+        converted = scratch / "converted"
+        convert_gguf(gguf, converted, tied=True)
+        settings = converted / "generation_config.json"
+        settings.write_text(json.dumps({**json.loads(settings.read_text()), **_SAMPLING}))
+        converted.rename(folder)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def demo_gguf(target: Path) -> Path:

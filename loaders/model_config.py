@@ -9,11 +9,13 @@ The language model of the wrappers here computes texts as a model of its own wou
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig, LlamaConfig, PretrainedConfig
+from transformers.configuration_utils import ALLOWED_LAYER_TYPES
 
 from nybble.loaders.errors import CheckpointError
 from nybble.loaders.formats.settings import read_object
@@ -21,6 +23,8 @@ from nybble.models import UnsupportedModelError, require_family
 
 _WRAPPERS = frozenset(("gemma3", "llava", "mistral3", "qwen3_5", "qwen3_5_moe"))
 _INTERNLM3 = "internlm3"
+# What transformers' own checks put before a reason.
+_VALIDATOR = re.compile(r"^Class validation error for validator '\w+':\s+\w+: ")
 # Settings of the whole model that its language model needs.
 _SHARED = ("quantization_config", "dtype", "torch_dtype", "eos_token_id", "bos_token_id")
 
@@ -48,7 +52,8 @@ def load_config(folder: Path) -> PretrainedConfig:
             else LlamaConfig.from_dict(renamed)
         )
     except Exception as error:  # each model's config class raises errors of its own
-        raise CheckpointError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
+        about = written["text_config"] if wrapper else written
+        raise CheckpointError(f"{path} cannot be read: {_reason(error, about)}") from error
     if not generates(config):  # the embedding stands in for the output layer, which nothing reads
         config.tie_word_embeddings = True
     if not wrapper:
@@ -60,6 +65,21 @@ def load_config(folder: Path) -> PretrainedConfig:
         if name in written:
             setattr(text, name, written[name])
     return text
+
+
+def _reason(error: Exception, written: Mapping[str, Any]) -> str:
+    """What a config class had to say of settings, with the name of the one that it means."""
+    kinds = written.get("layer_types") if "layer_types" in str(error) else None
+    for kind in kinds if isinstance(kinds, list) else ():
+        if isinstance(kind, str) and kind not in (*ALLOWED_LAYER_TYPES, "attention", "mamba"):
+            return (
+                f"layer_types has {kind!r}, which is no kind of layer; get the config.json that "
+                "was published with the weights"
+            )
+    if isinstance(error, ZeroDivisionError):
+        zeros = [name for name, value in written.items() if value == 0 and type(value) is int]
+        return f"a number is divided by one that is 0; these are 0: {', '.join(zeros)}"
+    return " ".join(_VALIDATOR.sub("", str(error)).split())
 
 
 def generates(config: PretrainedConfig) -> bool:

@@ -15,12 +15,16 @@ def write_safetensors(
 ) -> None:
     """Write a file with the default permissions of the process; the library alone gives 0600.
 
-    Raises OSError, for example if the disk is full.
+    Raises OSError, for example if the disk is full, and leaves nothing behind then.
     """
-    path.touch()
-    mode = path.stat().st_mode
+    scratch = path.with_name(path.name + ".partial")
     try:
-        save_file(dict(tensors), path, None if metadata is None else dict(metadata))
+        scratch.touch()
+        mode = scratch.stat().st_mode
+        save_file(dict(tensors), scratch, None if metadata is None else dict(metadata))
+        scratch.chmod(mode)
+        scratch.replace(path)
     except SafetensorError as error:
         raise OSError(f"{path} cannot be written: {error}") from error
-    path.chmod(mode)
+    finally:
+        scratch.unlink(missing_ok=True)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from nybble.loaders.errors import CheckpointError
+from nybble.loaders.errors import CheckpointError, unreadable
 from nybble.loaders.gguf.index import INDEX as GGUF_INDEX
 from nybble.loaders.gguf.index import gguf_files
 from nybble.loaders.tensor_file import SafetensorsFile, TensorFile, TensorHeader, TensorReader
@@ -137,14 +137,21 @@ class Shards:
         return [SafetensorsFile(path) for path in self._paths()]
 
     def _paths(self) -> list[Path]:
+        single = self.folder / _SINGLE
         if (self.folder / _INDEX).is_file():
             files = sorted({self.folder / name for name in self._index().values()})
             for path in files:
                 if not path.is_file():
                     raise CheckpointError(f"{self.folder / _INDEX} names {path.name}: not there")
+            # transformers would read the single file alone, and say nothing of the others.
+            if single.is_file() and single not in files:
+                raise CheckpointError(
+                    f"{self.folder} has two models: {_SINGLE}, and the files that {_INDEX} names, "
+                    f"such as {files[0].name}; remove {_SINGLE}, or the index and its files"
+                )
             return files
-        if (self.folder / _SINGLE).is_file():
-            return [self.folder / _SINGLE]
+        if single.is_file():
+            return [single]
         if files := sorted(self.folder.glob("*.safetensors")):
             return files
         if any(self.folder.glob("*.bin")):
@@ -159,7 +166,9 @@ class Shards:
         try:
             weight_map: dict[str, str] = json.loads(path.read_text())["weight_map"]
         except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise CheckpointError(f"{path} is not a safetensors index: {error!r}") from error
+            raise CheckpointError(
+                unreadable(path, f"is not a safetensors index: {error!r}")
+            ) from error
         return weight_map
 
     def _check_index(self) -> None:

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from nybble.loaders.errors import CheckpointError
+from nybble.loaders.errors import CheckpointError, unreadable
 
 # The digits in the name of a safetensors dtype are its bits.
 _BITS = re.compile(r"[A-Z]+(\d+)")
@@ -71,7 +71,7 @@ class SafetensorsFile:
                 return list(file.keys())
         except (SafetensorError, OSError) as error:
             raise CheckpointError(
-                f"{self.path} is truncated or not safetensors: {error}"
+                unreadable(self.path, f"is truncated or not safetensors: {error}")
             ) from error
 
     def headers(self) -> Iterator[TensorHeader]:

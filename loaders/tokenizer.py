@@ -7,12 +7,14 @@ import logging
 from pathlib import Path
 
 from sentencepiece import SentencePieceProcessor
+from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from nybble.loaders.errors import CheckpointError
+from nybble.loaders.errors import CheckpointError, pointer
 
 logger = logging.getLogger(__name__)
 
+_JSON = "tokenizer.json"
 # What conversions of sentencepiece models are known to get wrong: leading, trailing and repeated
 # spaces, newlines, tabs, characters outside the vocabulary, Unicode variants of a letter, the mark
 # that stands for a space.
@@ -35,8 +37,11 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     folder whose tokenizer cannot be read or cannot stream.
     """
     model = folder / "tokenizer.model"
+    for path in (folder / _JSON, model, folder / "tokenizer_config.json"):
+        if wrong := pointer(path):
+            raise CheckpointError(f"{path} {wrong}")
     try:
-        if model.is_file() and not (folder / "tokenizer.json").is_file():
+        if model.is_file() and not (folder / _JSON).is_file():
             tokenizer = _converted(model)
         else:
             tokenizer = AutoTokenizer.from_pretrained(
@@ -46,7 +51,8 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         raise
     except Exception as error:  # tokenizers raise errors of any type, even Exception itself
         reason = " ".join(str(error).split())
-        raise CheckpointError(f"the tokenizer of {folder} cannot be read: {reason}") from error
+        told = f"the tokenizer of {folder} cannot be read: {reason}"
+        raise CheckpointError(_broken(folder / _JSON) or told) from error
     if not tokenizer.is_fast or not _knows_text(tokenizer):
         raise CheckpointError(
             f"{folder} has neither tokenizer.json nor a sentencepiece tokenizer.model: streaming "
@@ -56,6 +62,17 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     tokenizer.backend_tokenizer.no_truncation()
     tokenizer.backend_tokenizer.no_padding()
     return tokenizer
+
+
+def _broken(path: Path) -> str | None:
+    """What is wrong with a tokenizer.json; None if nothing is, or if there is none."""
+    if not path.is_file():
+        return None
+    try:
+        Tokenizer.from_file(str(path))
+    except Exception as error:  # of the library's own: plain Exception
+        return f"{path} is damaged ({' '.join(str(error).split())}): get the file again"
+    return None
 
 
 def _knows_text(tokenizer: PreTrainedTokenizerBase) -> bool:

@@ -34,11 +34,11 @@ class UnsupportedModelError(ValueError):
     """The model's family, or a setting in its config.json, is not supported."""
 
 
-def size(config: PretrainedConfig, name: str) -> int:
-    """The setting ``name``, a whole number of at least 1."""
+def size(config: PretrainedConfig, name: str, *, least: int = 1) -> int:
+    """The setting ``name``, a whole number of at least 1, or of ``least``."""
     value = getattr(config, name)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise UnsupportedModelError(f"{name} is {value!r}, expected 1 or more")
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise UnsupportedModelError(f"{name} is {value!r}, expected {least} or more")
     most = _MOST.get(name, _MOST_OF_ANY)
     if value > most:
         raise UnsupportedModelError(f"{name} is {value}, expected {most:,} or less")
@@ -111,8 +111,11 @@ def refuse(config: PretrainedConfig, **neutral: object) -> None:
 
 def windows(config: PretrainedConfig) -> tuple[int, ...]:
     """Each layer's window by ``layer_types`` and ``sliding_window``; 0 for layers that see all."""
-    window = int(getattr(config, "sliding_window", None) or 0)
     kinds = layer_types(config, "sliding_attention", "full_attention")
+    unset = getattr(config, "sliding_window", None) is None
+    if "sliding_attention" not in kinds or (unset and not getattr(config, "layer_types", None)):
+        return (0,) * len(kinds)
+    window = size(config, "sliding_window")
     return tuple(window if kind == "sliding_attention" else 0 for kind in kinds)
 
 

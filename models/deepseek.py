@@ -136,8 +136,9 @@ def sigmoid_router(config: PretrainedConfig, module: str = "mlp.gate") -> Router
 def _mlps(config: PretrainedConfig, router: Router) -> list[Mlp | Mixture]:
     """Of each layer; the first are dense."""
     dense, sparse = _dense(config), _sparse(config, router)
+    first = read.size(config, "first_k_dense_replace", least=0)
     return [
-        dense if index < config.first_k_dense_replace else sparse
+        dense if index < first else sparse
         for index in range(read.size(config, "num_hidden_layers"))
     ]
 

@@ -26,7 +26,8 @@ def ernie4_5(
     mlps: list[Mlp | Mixture] = [mlp] * layers
     if experts is not None:
         step = read.size(config, "moe_layer_interval")
-        for index in range(config.moe_layer_start_index, config.moe_layer_end_index + 1):
+        first = read.size(config, "moe_layer_start_index", least=0)
+        for index in range(first, config.moe_layer_end_index + 1):
             if (index + 1) % step == 0 and index < layers:
                 mlps[index] = experts
     return decoder(
@@ -41,7 +42,8 @@ def ernie4_5_moe(config: PretrainedConfig) -> Architecture:
     """
     read.refuse(config, use_bias=False)
     hidden, activation = read.size(config, "hidden_size"), read.activation(config)
-    intermediate, shared = read.size(config, "moe_intermediate_size"), config.moe_num_shared_experts
+    intermediate = read.size(config, "moe_intermediate_size")
+    shared = read.size(config, "moe_num_shared_experts", least=0)
     bias = "mlp.moe_statics.e_score_correction_bias"
     experts = mixture(
         hidden,
@@ -52,7 +54,7 @@ def ernie4_5_moe(config: PretrainedConfig) -> Architecture:
         router=Router(
             "mlp.gate",
             renormalize=True,
-            least_sum=float(config.moe_norm_min),
+            least_sum=read.number("moe_norm_min", config.moe_norm_min, least=0.0),
             correction_bias=bias,
             aliases={"mlp.gate.moe_statics.e_score_correction_bias": bias},
         ),

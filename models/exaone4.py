@@ -13,9 +13,8 @@ from nybble.models.parts import gated_mlp
 def exaone4(config: PretrainedConfig) -> Architecture:
     """If layers have windows, those that see all rotate nothing."""
     rope = read.rope(config, read.head_sizes(config)[2])
-    windows = read.windows(config)
-    if config.sliding_window is None:
-        windows = (0,) * len(windows)
+    layers = read.size(config, "num_hidden_layers")
+    windows = (0,) * layers if config.sliding_window is None else read.windows(config)
     mlp = gated_mlp(
         read.size(config, "hidden_size"),
         read.size(config, "intermediate_size"),

@@ -15,8 +15,9 @@ def gemma3(config: PretrainedConfig) -> Architecture:
     """Norms before and after attention and MLP, windows in most layers, two rotary bases."""
     read.refuse(config, use_bidirectional_attention=False)
     hidden = read.size(config, "hidden_size")
+    head_dim = read.head_sizes(config)[2]
     ropes = {
-        kind: read.rope(config, config.head_dim, layer_type=kind, includes_scaling=True)
+        kind: read.rope(config, head_dim, layer_type=kind, includes_scaling=True)
         for kind in dict.fromkeys(config.layer_types)
     }
     mlp = gated_mlp(

@@ -15,7 +15,8 @@ def glm4_moe(config: PretrainedConfig) -> Architecture:
     """Checkpoints hold a layer after the last, which is an MTP head."""
     hidden, activation = read.size(config, "hidden_size"), read.activation(config)
     intermediate = read.size(config, "moe_intermediate_size")
-    layers, dense = read.size(config, "num_hidden_layers"), config.first_k_dense_replace
+    layers = read.size(config, "num_hidden_layers")
+    dense = read.size(config, "first_k_dense_replace", least=0)
     first = gated_mlp(hidden, read.size(config, "intermediate_size"), activation)
     experts = mixture(
         hidden,

@@ -43,7 +43,7 @@ def granite4(config: PretrainedConfig) -> Architecture:
     """Granite 4: state spaces in most layers, or in none; an MLP beside the mixture, or alone."""
     layers = read.size(config, "num_hidden_layers")
     kinds = read.layer_types(config, "full_attention", "linear_attention")
-    sparse = config.num_local_experts > 0
+    sparse = read.size(config, "num_local_experts", least=0) > 0
     shared = fused_gated_mlp(
         read.size(config, "hidden_size"),
         read.size(config, "shared_intermediate_size"),

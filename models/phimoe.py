@@ -23,7 +23,7 @@ def phimoe(config: PretrainedConfig) -> Architecture:
         router=Router(
             "block_sparse_moe.gate",
             scoring="sparsemixer",
-            jitter=float(config.router_jitter_noise),
+            jitter=read.number("router_jitter_noise", config.router_jitter_noise, least=0.0),
             aliases={"mlp.router.weight": "block_sparse_moe.gate.weight"},
         ),
         module="block_sparse_moe",

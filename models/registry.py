@@ -78,8 +78,25 @@ def _numbers(config: PretrainedConfig) -> Iterator[tuple[str, object]]:
             yield name, getattr(config, name, value)
 
 
+# Numbers that families read as they are, and that have to be more than 0.
+_ABOVE_0 = (
+    *("attention_multiplier", "embedding_multiplier", "logits_scaling", "residual_multiplier"),
+    *("attention_in_multiplier", "attention_out_multiplier", "key_multiplier"),
+    *("lm_head_multiplier", "ssm_in_multiplier", "ssm_out_multiplier", "logit_scale"),
+    *("attn_logit_softcapping", "final_logit_softcapping"),
+    *("routed_scaling_factor", "swiglu_alpha", "swiglu_limit", "block_ffn_dim_multiplier"),
+    "mamba_expand",
+)
+
+
 def _check_numbers(config: PretrainedConfig) -> None:
-    """Raises UnsupportedModelError for a number that is none; ``null`` may stand for a default."""
+    """Raises UnsupportedModelError for a number with which nothing can be computed.
+
+    ``null`` may stand for a default.
+    """
+    for name in _ABOVE_0:
+        if (value := getattr(config, name, None)) is not None:
+            number(name, value, above=0.0)
     for name, value in _numbers(config):
         if not isinstance(value, int | float) or isinstance(value, bool):
             continue

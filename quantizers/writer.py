@@ -70,9 +70,13 @@ class FolderWriter:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if kind is not None:
+        try:
+            if kind is None:
+                self._finish()
+        finally:  # also if the disk is full, or Ctrl-C is pressed, only now
             shutil.rmtree(self._scratch, ignore_errors=True)
-            return
+
+    def _finish(self) -> None:
         if self._shard:
             self._flush()
         if len(self._files) == 1:

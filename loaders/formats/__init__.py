@@ -33,6 +33,7 @@ from nybble.loaders.formats.gptq import Gptq
 from nybble.loaders.formats.hqq import Hqq
 from nybble.loaders.formats.int8 import BitsAndBytesInt8, CompressedTensorsInt8
 from nybble.loaders.formats.mxfp4 import Mxfp4
+from nybble.loaders.formats.other_settings import refuse_transforms, unknown_settings
 from nybble.loaders.formats.settings import Settings, read_object
 
 __all__ = [
@@ -49,6 +50,7 @@ __all__ = [
     "WriteOptions",
     "format_of",
     "known_methods",
+    "unknown_settings",
     "writing_format",
     "written_formats",
 ]
@@ -81,6 +83,7 @@ def format_of(folder: Path) -> Format | None:
         return None
     for format in FORMATS:
         if format.accepts(settings):
+            refuse_transforms(settings, format.transforms)
             return format.from_settings(settings)
     known = ", ".join(known_methods())
     raise CheckpointError(

@@ -50,8 +50,6 @@ class AutoRound(AffineFormat):
         settings.choice("data_type", ("int",), "int")
         if settings.integer("act_bits", 16) < 16:
             raise settings.refuse("act_bits", "16: quantized activations are not supported")
-        if settings.get("rotation_config"):
-            raise settings.refuse("rotation_config", "none: rotations are not supported")
         kind = Awq if packing == _AWQ else Gptq
         stored = replace(
             kind({}),

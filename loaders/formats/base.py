@@ -72,6 +72,7 @@ class Format(ABC):
     writes: the names under which ``nybble quantize`` writes it; none if it can only be read.
     options: the fields of WriteOptions that can be set for it.
     method: how ``nybble quantize`` calibrates it; None if it needs no calibration.
+    transforms: settings of transformed weights that it looks into itself; any other is refused.
     in_16_bits: whether its weights are dequantized to 16 bits while they are loaded.
 
     Tensor names, relative to their module:
@@ -89,6 +90,7 @@ class Format(ABC):
     writes: ClassVar[tuple[str, ...]] = ()
     options: ClassVar[frozenset[str]] = frozenset()
     method: ClassVar[Method | None] = None
+    transforms: ClassVar[frozenset[str]] = frozenset()
     in_16_bits: ClassVar[bool] = False
 
     marks: ClassVar[frozenset[str]]

@@ -49,6 +49,7 @@ class OfCompressedTensors(Format):
     """What all formats of the package have in common."""
 
     quant_method: ClassVar[str] = "compressed-tensors"
+    transforms: ClassVar[frozenset[str]] = frozenset(("transform_config",))
     ignored: ClassVar[Mapping[str, str]] = {
         **dict.fromkeys(("q_scale", "k_scale", "v_scale", "output_scale"), _CACHE),
         **dict.fromkeys(("k_zero_point", "v_zero_point", "output_zero_point"), _CACHE),

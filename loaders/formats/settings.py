@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from nybble.loaders.errors import CheckpointError
+from nybble.loaders.errors import CheckpointError, unreadable
 
 T = TypeVar("T")
 _WORDS = {"true": True, "false": False}
@@ -19,7 +19,7 @@ def read_object(path: Path) -> Mapping[str, Any]:
     try:
         found = json.loads(path.read_text())
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
+        raise CheckpointError(unreadable(path, f"cannot be read: {error}")) from error
     if not isinstance(found, dict):
         raise CheckpointError(f"{path} is not an object")
     return found

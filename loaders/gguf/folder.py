@@ -28,7 +28,7 @@ from gguf.gguf_reader import ReaderTensor
 from transformers import AutoConfig
 
 from nybble.loaders.cache import cache_folder
-from nybble.loaders.errors import CheckpointError
+from nybble.loaders.errors import CheckpointError, unreadable
 from nybble.loaders.formats.gguf_blocks import BLOCK_TYPES
 from nybble.loaders.gguf.config import FAMILIES, ROPE_FACTORS, ROPE_FREQS, Metadata, config_of
 from nybble.loaders.gguf.index import DTYPES, SOURCE, Entry, write_index
@@ -131,7 +131,7 @@ def _reader(part: Path) -> GGUFReader:
         reader.fields["general.architecture"]
         return reader
     except Exception as error:  # it raises errors of any type for damaged files
-        raise CheckpointError(f"{part} is truncated or not GGUF: {error}") from error
+        raise CheckpointError(unreadable(part, f"is truncated or not GGUF: {error}")) from error
 
 
 def _entries(

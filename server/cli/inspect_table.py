@@ -13,14 +13,21 @@ from nybble.loaders.inspect import WeightSummary
 
 # Wide enough for every column if the output is not a terminal.
 _PIPE_WIDTH = 120
+_LAYER = re.compile(r"\.layers\.\d+\.")
+_EXPERT = re.compile(r"\.experts\.\d+\.")
 
 
 def print_table(weights: Iterable[WeightSummary], *, every: bool) -> None:
-    """One line per weight, or per kind of weight over all layers, and the total."""
+    """One line per weight, or per kind of weight over all layers, and the total.
+
+    All experts of a layer are one line for each of their weights.
+    """
     # (name, kind, shape, group) → how many, and their bytes; in the checkpoint's order.
     rows: dict[tuple[str, str, tuple[int, ...], int | None], list[int]] = {}
     for weight in weights:
-        name = weight.name if every else re.sub(r"\.layers\.\d+\.", ".layers.*.", weight.name)
+        name = _EXPERT.sub(".experts.*.", weight.name)
+        if not every:
+            name = _LAYER.sub(".layers.*.", name)
         key = (name, weight.kind, weight.shape, weight.group_size)
         rows.setdefault(key, []).append(weight.nbytes)
 

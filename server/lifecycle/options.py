@@ -84,7 +84,7 @@ KVCacheMemoryOption = Annotated[
 ]
 KVCacheDtypeOption = Annotated[
     Literal["auto", "int8", "fp8"],
-    _memory(help="int8 or fp8 halve the KV cache's memory (GPU)."),
+    _memory(help="int8 or fp8 halve the KV cache's memory (fp8: a GPU from Ada on)."),
 ]
 
 LoraModulesOption = Annotated[

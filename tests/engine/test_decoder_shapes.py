@@ -11,8 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from nybble import LLM
 from nybble.engine import Engine, EngineConfig
-from nybble.loaders import open_checkpoint
+from nybble.loaders import CheckpointError, open_checkpoint
 
 CONFIG = EngineConfig(dtype=torch.bfloat16, kv_cache_bytes=1 << 20)
 
@@ -32,9 +33,10 @@ def test_a_config_that_contradicts_the_tensors_is_refused(
     folder = shutil.copytree(tiny_model(), tmp_path / "model")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {setting: value}))
-    with pytest.raises(ValueError, match=r"has shape \(.*, config.json says \(") as refused:
+    with pytest.raises(CheckpointError, match=r"has shape \(.*, config.json says \(") as refused:
         Engine.load(open_checkpoint(folder), CONFIG, progress=False)
     assert named in str(refused.value)
+    assert str(folder) in str(refused.value)
 
 
 @pytest.mark.parametrize(
@@ -55,6 +57,20 @@ def test_a_tensor_that_is_too_short_is_named(
     tensors = load_file(folder / "model.safetensors")
     tensors[name] = tensors[name][:64].contiguous()
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ValueError, match=r"has shape \(.*, config.json says \(") as refused:
+    with pytest.raises(CheckpointError, match=r"has shape \(.*, config.json says \(") as refused:
         Engine.load(open_checkpoint(folder), CONFIG, progress=False)
     assert name.removesuffix(".weight") in str(refused.value)
+    assert str(folder) in str(refused.value)
+
+
+def test_a_programs_own_model_is_refused_alike(
+    tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = shutil.copytree(tiny_model(), tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.layers.1.self_attn.k_proj.weight"]
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(
+        CheckpointError, match=f"{folder} has no .* model.layers.1.self_attn.k_proj"
+    ):
+        LLM(str(folder))

@@ -238,3 +238,45 @@ def test_magnitudes_on_experts_are_refused_by_name(
     (tmp_path / "modules" / "adapter_config.json").write_text(json.dumps(config))
     with pytest.raises(AdapterError, match=r"a lora_magnitude_vector for the expert model\.layers"):
         load(base, tmp_path / "modules")
+
+
+def test_all_linear_of_peft_includes_the_router(
+    base_of: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Of Mixtral in transformers 5, as a parameter; named targets do not, and are served."""
+    base = base_of("mixtral")
+    architecture = architecture_of(open_checkpoint(base).config)
+    adapted(base, tmp_path / "all", target_modules="all-linear", target_parameters=None)
+    with pytest.raises(
+        AdapterError, match=r"for model\.layers\.0\.mlp\.gate, which weighs experts"
+    ):
+        load_adapter(tmp_path / "all", architecture)
+    adapted(base, tmp_path / "named", target_modules=["q_proj", "o_proj"])
+    assert len(load_adapter(tmp_path / "named", architecture).modules) == 2 * (2 + 3 * EXPERTS)
+
+
+@pytest.mark.parametrize(
+    ("family", "module"),
+    [
+        ("mixtral", "mlp.gate"),
+        ("mixtral", "block_sparse_moe.gate"),
+        ("gpt_oss", "mlp.router"),
+        ("qwen2_moe", "mlp.shared_expert_gate"),
+    ],
+)
+def test_an_adapter_on_a_router_is_refused_with_what_to_do(
+    tmp_path: Path, family: str, module: str
+) -> None:
+    """As peft makes them with `all-linear` if a router or a gate is a linear layer."""
+    architecture = architecture_of(AutoConfig.for_model(family, num_hidden_layers=1))
+    settings = {"peft_type": "LORA", "r": 4, "target_modules": "all-linear"}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
+    key = f"base_model.model.model.layers.0.{module}.lora_A.weight"
+    save_file({key: torch.ones(4, 64)}, tmp_path / "adapter_model.safetensors")
+    leaf = module.rpartition(".")[2]
+    with pytest.raises(
+        AdapterError,
+        match=rf"for model\.layers\.0\.{module}, which weighs experts: .*"
+        rf"without {leaf}, and not with all-linear; or serve what peft's merge_and_unload",
+    ):
+        load_adapter(tmp_path, architecture)

@@ -384,7 +384,7 @@ def test_a_checkpoint_without_a_head_or_a_part_of_it_is_refused_by_name(
     for changes, message in (
         ({"enorm.weight": None}, "has no tensor model.layers.2.enorm.weight, which MTP heads have"),
         ({"eh_proj.weight": None}, "has no tensor model.layers.2.eh_proj.weight, which MTP heads"),
-        ({"self_attn.o_proj.weight": None}, "has no model.layers.2.self_attn.o_proj"),
+        ({"self_attn.o_proj.weight": None}, "has no tensor of model.layers.2.self_attn.o_proj"),
         ({"input_layernorm.weight": None}, "has no tensor model.layers.2.input_layernorm.weight"),
         ({"hnorm.weight": torch.ones(5)}, "hnorm.weight is not a norm's weight of 64 entries"),
         ({"eh_proj.weight": torch.ones(64, 64)}, "eh_proj is not a linear layer of 128 inputs"),

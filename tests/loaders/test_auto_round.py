@@ -125,7 +125,6 @@ def test_a_name_comes_before_patterns_and_the_first_pattern_before_others() -> N
         ({"packing_format": "auto_round:exllamav2"}, "packing_format is 'auto_round:exllamav2'"),
         ({"data_type": "mx_fp"}, "data_type is 'mx_fp', expected int"),
         ({"act_bits": 8}, "act_bits is 8, expected 16: quantized activations"),
-        ({"rotation_config": {"r": 1}}, "rotations are not supported"),
         ({"packing_format": "auto_round:auto_awq", "bits": 8}, "bits is 8, expected 4"),
         ({"extra_config": {"(": {}}}, r"extra_config.\( is not a regular expression"),
         ({"extra_config": {"a": 8}}, "extra_config.a is 8, expected an object"),

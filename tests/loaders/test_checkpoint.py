@@ -77,6 +77,25 @@ def test_a_tensor_missing_from_its_shard_is_named(gptq: Path) -> None:
         values(open_checkpoint(gptq))
 
 
+def test_a_folder_with_two_models_is_refused(gptq: Path) -> None:
+    """transformers would read the single file, and we the shards."""
+    whole = values(open_checkpoint(gptq))
+    single = (gptq / "model.safetensors").read_bytes()
+    in_shards(gptq)
+    (gptq / "model.safetensors").write_bytes(single)
+    with pytest.raises(
+        CheckpointError,
+        match=r"two models: model\.safetensors, and the files that model\.safetensors\.index\.json "
+        r"names, such as part-0\.safetensors; remove",
+    ):
+        values(open_checkpoint(gptq))
+    index = {
+        "weight_map": dict.fromkeys(load_file(gptq / "model.safetensors"), "model.safetensors")
+    }
+    (gptq / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert_same(values(open_checkpoint(gptq)), whole)
+
+
 def test_settings_may_be_in_quantize_config_json(gptq: Path) -> None:
     """As AutoGPTQ wrote them, without quant_method."""
     whole = values(open_checkpoint(gptq))
@@ -249,6 +268,71 @@ def test_a_bias_that_the_family_has_is_missed(
     edit_tensors(folder, leave_out)
     with pytest.raises(CheckpointError, match=f"has no tensor {name}, which qwen2 models have"):
         next(open_checkpoint(folder).weights())
+
+
+@pytest.mark.parametrize("quantized", [True, False])
+@pytest.mark.parametrize("module", ["model.layers.1.mlp.down_proj", "lm_head"])
+def test_a_bias_that_config_json_does_not_speak_of_may_only_be_zero(
+    tmp_path: Path, gptq: Path, tiny_model: Callable[..., Path], module: str, quantized: bool
+) -> None:
+    """transformers leaves it out; some GPTQ writers store zeros for every layer."""
+    folder = gptq if quantized else Path(shutil.copytree(tiny_model(), tmp_path / "m"))
+    name = module + ".bias"
+    rows = 128 if module.endswith("down_proj") else 320
+
+    def add(value: float) -> None:
+        bias = torch.zeros(rows, dtype=torch.bfloat16)
+        bias[-1] = value
+        edit_tensors(folder, lambda tensors: tensors.update({name: bias}))
+
+    add(0.0)
+    assert module in values(open_checkpoint(folder))
+    add(1e-3)
+    with pytest.raises(CheckpointError, match=f"a tensor {name} that is not zero, but by its con"):
+        values(open_checkpoint(folder))
+
+
+@pytest.mark.parametrize("quantized", [True, False])
+@pytest.mark.parametrize(
+    "module", ["model.layers.1.self_attn.k_proj", "model.layers.0.mlp.up_proj", "lm_head"]
+)
+def test_a_linear_layer_that_is_not_there_is_named_as_the_file_would(
+    tmp_path: Path, gptq: Path, tiny_model: Callable[..., Path], module: str, quantized: bool
+) -> None:
+    """Not as what the engine makes of several."""
+    folder = gptq if quantized else Path(shutil.copytree(tiny_model(), tmp_path / "m"))
+
+    def leave_out(tensors: dict[str, Tensor]) -> None:
+        for name in [name for name in tensors if name.startswith(module + ".")]:
+            del tensors[name]
+
+    edit_tensors(folder, leave_out)
+    with pytest.raises(CheckpointError, match=rf"{folder} has no tensor (of )?{module}\b"):
+        values(open_checkpoint(folder))
+
+
+def test_quantized_weights_of_another_size_are_named(gptq: Path) -> None:
+    config = json.loads((gptq / "config.json").read_text())
+    (gptq / "config.json").write_text(json.dumps(config | {"num_key_value_heads": 4}))
+    with pytest.raises(
+        CheckpointError,
+        match=rf"{gptq}: model.layers.0.self_attn.k_proj has shape \(64, 128\), config.json says",
+    ):
+        values(open_checkpoint(gptq))
+
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 988097824\n"
+
+
+@pytest.mark.parametrize(
+    "file", ["model.safetensors", "part-1.safetensors", "model.safetensors.index.json"]
+)
+def test_a_pointer_of_git_lfs_is_named_as_one(gptq: Path, file: str) -> None:
+    if file != "model.safetensors":
+        in_shards(gptq)
+    (gptq / file).write_text(POINTER)
+    with pytest.raises(CheckpointError, match=rf"{gptq / file} is a git-lfs pointer.*git lfs pull"):
+        values(open_checkpoint(gptq))
 
 
 @pytest.mark.parametrize(

@@ -239,7 +239,7 @@ def test_a_missing_router_is_refused_by_name(
     name = "model.layers.0.mlp.gate.weight"
     folder = changed(folder_of("qwen3_moe"), tmp_path / "m", lambda t: t.pop(name))
     checkpoint = open_checkpoint(folder)
-    with pytest.raises(ValueError, match=f"has no {name}"):
+    with pytest.raises(ValueError, match=f"has no tensor {name}"):
         Decoder(
             architecture_of(checkpoint.config),
             checkpoint.weights(),

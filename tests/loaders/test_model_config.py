@@ -105,3 +105,30 @@ def test_architectures_that_are_no_names_are_refused(tmp_path: Path, architectur
     (tmp_path / "config.json").write_text(json.dumps(written))
     with pytest.raises(CheckpointError, match=r"architectures is .*expected names"):
         open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"layer_types": ["full_attention", "diagonal"]},
+            "layer_types has 'diagonal', which is no",
+        ),
+        ({"layer_types": ["full_attention"]}, "(?i)layer_types"),
+        ({"num_attention_heads": 0}, "num_attention_heads"),
+        ({"num_key_value_heads": 0}, "num_key_value_heads"),
+        ({"head_dim": 15}, "requires an even rotary dimension, but got `head_dim`=15"),
+        ({"hidden_size": -64}, "hidden_size|hidden size"),
+    ],
+)
+def test_a_setting_that_transformers_refuses_is_named_with_the_file(
+    tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    for family in ("qwen3", "llama"):
+        sizes = {"num_hidden_layers": 2, "head_dim": 16, "hidden_size": 64}
+        config = AutoConfig.for_model(family, **sizes, num_attention_heads=4).to_dict() | change
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        with pytest.raises(ValueError, match=message) as refused:
+            open_checkpoint(tmp_path)
+        assert str(refused.value).startswith(f"{tmp_path / 'config.json'}")
+        assert "validator" not in str(refused.value)

@@ -12,13 +12,14 @@ from typing import Any
 
 import pytest
 
-from nybble.loaders import CheckpointError
+from nybble.loaders import CheckpointError, open_checkpoint
 from nybble.loaders.formats import (
     FORMATS,
     AffineFormat,
     Format,
     Settings,
     format_of,
+    unknown_settings,
     writing_format,
     written_formats,
 )
@@ -87,6 +88,60 @@ def test_an_unknown_method_is_refused_with_the_list_of_known_ones(tmp_path: Path
     known = "gptq, awq, bitsandbytes, compressed-tensors, auto-round, fp8, hqq"
     with pytest.raises(CheckpointError, match=f"quant_method 'quip' .* supported are {known}"):
         format_of(tmp_path)
+
+
+SETTINGS: list[dict[str, Any]] = [
+    {"quant_method": "gptq", "bits": 4},
+    {"quant_method": "awq", "bits": 4},
+    {"quant_method": "bitsandbytes", "load_in_4bit": True},
+    {"quant_method": "bitsandbytes", "load_in_8bit": True},
+    {"quant_method": "auto-round", "bits": 4},
+    {"quant_method": "fp8"},
+    {"quant_method": "hqq"},
+    {"quant_method": "mxfp4"},
+    dict(writing_format("compressed-tensors").settings),
+]
+
+
+@pytest.mark.parametrize("given", SETTINGS, ids=str)
+def test_transforms_are_refused_in_every_format(tmp_path: Path, given: dict[str, Any]) -> None:
+    """They rotate inputs while the model runs, which nothing here does."""
+    for name in ("rotation", "rotation_config", "spinquant_config", "transform_config"):
+        for value, sound in ((None, True), ({}, True), ({"config_groups": {"a": 1}}, False)):
+            folder_with(tmp_path, config={"quantization_config": given | {name: value}})
+            if sound:
+                format_of(tmp_path)
+                continue
+            with pytest.raises(CheckpointError, match=rf"{name} is .*, expected none: .*transform"):
+                format_of(tmp_path)
+
+
+def test_an_unknown_setting_is_told_of_once(
+    tmp_path: Path, tiny_model: Callable[..., Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    from nybble.quantizers import quantize_checkpoint
+
+    folder = tmp_path / "gptq"
+    quantize_checkpoint(tiny_model(), folder, format="gptq", group_size=64, progress=False)
+    config = json.loads((folder / "config.json").read_text())
+    list(open_checkpoint(folder).weights())
+    assert not caplog.records
+    config["quantization_config"] |= {"permuted": "rows", "shuffled": None, "damp_percent": 0.1}
+    folder_with(folder, config=config)
+    list(open_checkpoint(folder).weights())
+    (record,) = caplog.records
+    assert f"{folder}: the quantization settings have permuted, which is not" in record.getMessage()
+
+
+def test_what_the_tools_have_written_is_known() -> None:
+    """Of the checkpoints in data/, which the tools have made."""
+    found = 0
+    for path in (Path(__file__).parent / "data").rglob("config.json"):
+        format = format_of(path.parent)
+        if format is not None:
+            assert unknown_settings(format.settings) == [], path
+            found += 1
+    assert found > 20
 
 
 def test_the_command_line_offers_what_can_be_written() -> None:

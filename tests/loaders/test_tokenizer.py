@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -229,3 +230,27 @@ def test_a_tokenizer_that_would_cut_or_pad_does_neither(
     backend = load_tokenizer(tmp_path).backend_tokenizer
     assert len(backend.encode("x").ids) == 1
     assert len(backend.encode("x y z").ids) == 5
+
+
+@pytest.mark.parametrize("content", ["", "{", '{"model": {"type": "BPE"}}', '{"version": "1.0"}'])
+def test_a_damaged_tokenizer_json_is_named(
+    tiny_model: Callable[..., Path], tmp_path: Path, content: str
+) -> None:
+    folder = Path(shutil.copytree(tiny_model(), tmp_path / "m"))
+    (folder / "tokenizer.json").write_text(content)
+    with pytest.raises(CheckpointError, match=rf"{folder / 'tokenizer.json'} is damaged .*again"):
+        load_tokenizer(folder)
+
+
+@pytest.mark.parametrize("file", ["tokenizer.json", "tokenizer.model", "tokenizer_config.json"])
+def test_a_pointer_of_git_lfs_is_named_as_one(
+    tiny_model: Callable[..., Path], tmp_path: Path, file: str
+) -> None:
+    folder = Path(shutil.copytree(tiny_model(), tmp_path / "m"))
+    if file == "tokenizer.model":
+        (folder / "tokenizer.json").unlink()
+    (folder / file).write_text(
+        "version https://git-lfs.github.com/spec/v1\noid sha256:4d\nsize 9\n"
+    )
+    with pytest.raises(CheckpointError, match=rf"{folder / file} is a git-lfs pointer.*lfs pull"):
+        load_tokenizer(folder)

@@ -509,6 +509,33 @@ def test_every_family_has_a_row() -> None:
     assert {family for family, _ in ROWS.values()} == set(supported_families())
 
 
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize("family", supported_families())
+def test_linear_layers_have_biases_where_transformers_has_them(family: str, biased: bool) -> None:
+    """A bias that the architecture does not have is refused."""
+    settings = next(settings for name, settings in ROWS.values() if name == family)
+    config = AutoConfig.for_model(family, **SIZES | settings)
+    for name, value in config.to_dict().items():
+        if "bias" in name and isinstance(value, bool):
+            setattr(config, name, biased)
+    try:
+        architecture = architecture_of(config)
+    except UnsupportedModelError:
+        assert biased
+        return
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    theirs = {
+        name: module.bias is not None
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and name in {*architecture.linears, architecture.head}
+    }
+    assert len(theirs) > 4
+    heads = {architecture.head: architecture.head_bias}
+    ours = {name: linear.bias for name, linear in architecture.linears.items()} | heads
+    assert theirs == {name: ours[name] for name in theirs}
+
+
 def test_a_kind_of_rope_that_nothing_computes_is_refused_by_name() -> None:
     config = AutoConfig.for_model("qwen2", rope_scaling={"type": "flurb", "factor": 2})
     with pytest.raises(UnsupportedModelError, match="rope_type is 'flurb'; supported are default"):

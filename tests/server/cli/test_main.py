@@ -15,8 +15,10 @@ import typer
 from typer.testing import CliRunner, Result
 
 from nybble.loaders import open_checkpoint
+from nybble.loaders.inspect import WeightSummary
 from nybble.model_name import ModelNotFoundError
 from nybble.server.api.response_store import ResponseStore
+from nybble.server.cli.inspect_table import print_table
 from nybble.server.cli.main import app
 from nybble.server.cli.model_path import require_model
 from nybble.server.lifecycle.options import parse_bytes
@@ -50,6 +52,24 @@ def test_quantize_pack_and_inspect_follow_each_other(
         assert 5 <= float(row.split("│")[6]) < 5.3
         assert "total" in table
     assert "model.layers.1.self_attn.qkv_proj" in nybble("inspect", "--all", gptq).stdout
+
+
+def test_experts_are_one_row_for_each_of_their_weights(capsys: pytest.CaptureFixture[str]) -> None:
+    names = (
+        f"model.layers.{layer}.mlp.experts.{expert}.{part}"
+        for layer in range(2)
+        for expert in range(12)
+        for part in ("gate_up_proj", "down_proj")
+    )
+    weights = [WeightSummary(name, "int4", (8, 8), 8, 64) for name in names]
+    for every, layers, count in ((False, ["*"], "24"), (True, ["0", "1"], "12")):
+        print_table(weights, every=every)
+        rows = [line for line in capsys.readouterr().out.splitlines() if ".experts." in line]
+        assert [[cell.strip() for cell in row.strip("│ ").split("│")][:2] for row in rows] == [
+            [f"model.layers.{layer}.mlp.experts.*.{part}", count]
+            for layer in layers
+            for part in ("gate_up_proj", "down_proj")
+        ]
 
 
 @pytest.mark.parametrize("format", ["awq", "nf4", "fp4"])
