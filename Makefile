@@ -16,16 +16,18 @@ install-dev: $(VENV)/.installed-dev
 # Constraints pin every dependency; torch is named first so that pip settles which build of it is
 # used before anything else asks for one. TORCH_INDEX_URL may name PyTorch's index of CPU builds,
 # which spares a Linux machine without a GPU several gigabytes.
+# Nothing is compiled to bytecode ahead: that takes longer than all else, and Python compiles the part
+# that is imported when it first is.
 TORCH_INDEX_URL ?=
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --progress-bar on -c constraints.txt \
+	$(BIN)/pip install --no-compile --progress-bar on -c constraints.txt \
 		$(if $(TORCH_INDEX_URL),--index-url $(TORCH_INDEX_URL)) torch
-	$(BIN)/pip install --progress-bar on -c constraints.txt -e .
+	$(BIN)/pip install --no-compile --progress-bar on -c constraints.txt -e .
 	$(BIN)/python -m nybble.kernels.cpu.build
 	touch $@
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(BIN)/pip install --progress-bar on -c constraints.txt -e '.[dev]'
+	$(BIN)/pip install --no-compile --progress-bar on -c constraints.txt -e '.[dev]'
 	touch $@
 
 # Anything else for the server: make serve MODEL=org/name ARGS="--max-num-seqs 8"

@@ -45,6 +45,7 @@ def test_offline(tiny_model: Callable[..., Path]) -> None:
     assert re.search(r"^log probability: -\d", said, re.MULTILINE)
 
 
+@pytest.mark.slow
 def test_adapters(tiny_model: Callable[..., Path], tiny_adapter: Callable[..., Path]) -> None:
     adapters = [tiny_adapter(seed=1), tiny_adapter(seed=2)]
     said = example("adapters.py", tiny_model(), *adapters)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -41,19 +42,41 @@ def test_no_layer_imports_one_above(layer: str) -> None:
     assert not wrong
 
 
-def test_a_model_is_prepared_without_the_server() -> None:
+@pytest.fixture(scope="module")
+def imported_after() -> list[set[str]]:
+    """The modules that are there once the offline API, the preparation of models and a server have
+    been imported in turn: in one process, because each import takes long."""
     code = (
-        "import sys, nybble.quantizers.prepare, nybble.engine.memory\n"
-        "assert not [name for name in sys.modules\n"
-        "            if name.startswith(('nybble.server', 'aiohttp.', 'typer'))]\n"
+        "import json, sys\n"
+        "from nybble import LLM, SamplingParams\n"
+        "print(json.dumps([*sys.modules]))\n"
+        "import nybble.quantizers.prepare, nybble.engine.memory\n"
+        "print(json.dumps([*sys.modules]))\n"
+        "import nybble.server.cli.main, nybble.server.lifecycle.launch\n"
+        "print(json.dumps([*sys.modules]))\n"
     )
-    subprocess.run([sys.executable, "-P", "-c", code], check=True)
+    command = [sys.executable, "-P", "-c", code]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    return [set(json.loads(line)) for line in done.stdout.splitlines()]
 
 
-def test_a_server_starts_without_the_code_of_transformers_models() -> None:
+@pytest.mark.parametrize("stage", [0, 1], ids=["offline API", "preparation"])
+def test_a_model_is_prepared_and_used_without_the_server(
+    imported_after: list[set[str]], stage: int
+) -> None:
+    server = ("nybble.server", "aiohttp.", "typer")
+    assert not [name for name in imported_after[stage] if name.startswith(server)]
+
+
+def test_a_server_starts_without_the_code_of_transformers_models(
+    imported_after: list[set[str]],
+) -> None:
     """It would take more than a second: it imports PyTorch's compiler."""
-    code = (
-        "import sys, nybble.server.lifecycle.launch\n"
-        "assert not {'transformers.modeling_utils', 'torch._dynamo.convert_frame'} & {*sys.modules}"
-    )
-    subprocess.run([sys.executable, "-P", "-c", code], check=True)
+    heavy = {"transformers.modeling_utils", "torch._dynamo.convert_frame"}
+    assert not heavy & imported_after[2]
+
+
+def test_without_an_endpoint_for_traces_nothing_of_opentelemetry_is_imported(
+    imported_after: list[set[str]],
+) -> None:
+    assert not [name for name in imported_after[2] if name.startswith("opentelemetry")]

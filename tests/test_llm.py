@@ -384,15 +384,6 @@ def test_importing_nybble_loads_nothing_heavy() -> None:
     )
 
 
-def test_the_offline_api_needs_no_server() -> None:
-    run_python(
-        "import sys\n"
-        "from nybble import LLM, SamplingParams\n"
-        "assert not [name for name in sys.modules\n"
-        "            if name.startswith(('nybble.server', 'aiohttp.', 'typer'))]\n"
-    )
-
-
 def test_a_draft_model_changes_no_output(llm: LLM, tiny_model: Callable[..., Path]) -> None:
     draft = tiny_model(seed=1)
     with LLM(tiny_model(), draft_model=draft, speculate="draft", **SMALL) as drafting:
@@ -583,6 +574,7 @@ def test_every_option_of_the_server_about_the_model_is_an_option_here_or_named()
             LLM("no-such-model", **{name: 1})
 
 
+@pytest.mark.slow
 def test_threads_are_those_of_the_kernels(tiny_model: Callable[..., Path]) -> None:
     program = (
         "import torch; from nybble import LLM; "
@@ -662,6 +654,7 @@ def test_with_activations_in_8_bits_a_request_answers_alike_in_any_company(
         LLM(tiny_model(), activations="int8", dtype="float32", **options)
 
 
+@pytest.mark.slow
 def test_a_program_that_ends_while_it_generates_ends_the_engine_first(
     tiny_model: Callable[..., Path],
 ) -> None:

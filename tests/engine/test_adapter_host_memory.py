@@ -15,7 +15,13 @@ from nybble.loaders import open_checkpoint
 PROMPT = tuple(range(3, 12))
 
 
-@pytest.mark.parametrize("tenants", [("a", "b", "c"), ("", "", "")], ids=["three", "one"])
+@pytest.mark.parametrize(
+    "tenants",
+    [
+        pytest.param(("a", "b", "c"), id="three"),
+        pytest.param(("", "", ""), id="one", marks=pytest.mark.slow),
+    ],
+)
 def test_running_adapters_do_not_hold_it_for_ever(
     reference: Any,
     tiny_model: Callable[..., Path],

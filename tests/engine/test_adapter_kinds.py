@@ -67,7 +67,10 @@ def wild_adapter(
     return build
 
 
-@pytest.mark.parametrize("format", ["bf16", "gptq", "awq", "nf4"])
+@pytest.mark.parametrize(
+    "format",
+    ["bf16", "gptq", *(pytest.param(each, marks=pytest.mark.slow) for each in ("awq", "nf4"))],
+)
 def test_each_kind_says_what_peft_says_alone_and_in_company(
     reference: Any,
     tiny_model: Callable[..., Path],

@@ -37,7 +37,7 @@ MIXTURES = [
 ENGINE = {"adapters": AdapterConfig(slots=3, max_rank=9), "max_num_seqs": 12}
 
 
-@pytest.mark.parametrize("format", ["bf16", "gptq"])
+@pytest.mark.parametrize("format", [pytest.param("bf16", marks=pytest.mark.slow), "gptq"])
 def test_a_mixture_says_what_peft_says_of_the_weighted_sum_alone_and_in_company(
     reference: Any,
     tiny_model: Callable[..., Path],
@@ -192,6 +192,7 @@ def test_what_cannot_be_mixed_is_named(
         engine.stop()
 
 
+@pytest.mark.slow
 def test_many_mixtures_leave_nothing_behind(
     reference: Any, tiny_model: Callable[..., Path], tiny_adapter: Callable[..., Path]
 ) -> None:

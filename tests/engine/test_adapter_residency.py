@@ -115,7 +115,7 @@ def test_a_hundred_adapters_go_through_eight_slots_under_random_traffic(
         assert found == expected[adapter][: min(count, stop)]
 
     async def traffic() -> None:
-        await asyncio.gather(*(client(number) for number in range(300)))
+        await asyncio.gather(*(client(number) for number in range(150)))
         # Those who went away early are noticed at the next step.
         while any(info.running or info.waiting for info in engine.adapters()):
             await asyncio.sleep(0.01)
@@ -125,7 +125,7 @@ def test_a_hundred_adapters_go_through_eight_slots_under_random_traffic(
         infos = engine.adapters()
         assert sum(info.residency == "device" for info in infos) == 8
         assert sum(info.residency == "host" for info in infos) <= 20
-        assert sum(info.hits for info in infos) > 250
+        assert sum(info.hits for info in infos) > 120
         stats = engine.stats()
         assert stats.kv_blocks_free == stats.kv_blocks_total
     finally:

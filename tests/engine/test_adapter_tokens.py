@@ -31,8 +31,15 @@ BASE = 320  # tokens of the tiny model
 PROMPT = "the <plan> fox<|tool|> jumps zyx over"
 
 
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-@pytest.mark.parametrize("format", ["bf16", "nf4"])
+@pytest.mark.parametrize(
+    ("format", "tied"),
+    [
+        ("bf16", True),
+        ("nf4", False),
+        pytest.param("bf16", False, marks=pytest.mark.slow),
+        pytest.param("nf4", True, marks=pytest.mark.slow),
+    ],
+)
 def test_each_kind_says_what_peft_says_alone_and_in_company(
     reference: Any,
     tiny_model: Callable[..., Path],

@@ -527,7 +527,13 @@ def test_an_adapter_may_have_rank_512(
         engine.stop()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        pytest.param(torch.float32, id="float32", marks=pytest.mark.slow),
+        pytest.param(torch.bfloat16, id="bfloat16"),
+    ],
+)
 def test_a_step_mixes_64_adapters(
     reference: Any,
     tiny_model: Callable[..., Path],

@@ -81,7 +81,14 @@ def quantized(
     return build
 
 
-@pytest.mark.parametrize("format", ["gptq", "awq", "nf4", "nf4 in flight, 8-bit head"])
+@pytest.mark.parametrize(
+    "format",
+    [
+        "gptq",
+        "nf4 in flight, 8-bit head",
+        *(pytest.param(format, marks=pytest.mark.slow) for format in ("awq", "nf4")),
+    ],
+)
 def test_quantized_checkpoints_give_the_logits_and_64_greedy_tokens(
     reference: Any, quantized: Callable[[str], Checkpoint], format: str
 ) -> None:

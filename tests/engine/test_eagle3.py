@@ -235,6 +235,7 @@ def test_drafts_are_those_of_the_reference(
     assert compared > 50
 
 
+@pytest.mark.slow
 def test_a_head_that_was_trained_is_often_right(
     target: Path, trained: Path, start: Callable[..., Engine]
 ) -> None:
@@ -274,8 +275,8 @@ async def everyone(engine: Engine, kinds: list[str]) -> list[list[int]]:
     )
 
 
-@pytest.mark.parametrize("speculate", ["draft", "auto"])
-@pytest.mark.parametrize("preempting", [False, True])
+@pytest.mark.parametrize("speculate", ["draft", pytest.param("auto", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("preempting", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_whatever_is_asked_the_answers_are_those_without_a_head(
     target: Path,
     trained: Path,

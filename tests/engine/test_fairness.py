@@ -96,8 +96,13 @@ def polite(seed: int, weight: float = 1.0) -> list[tuple[float, str, int, int, f
 )
 @pytest.mark.parametrize(
     ("prompt", "output"),
-    [(40, 200), (900, 20), (200, 60), (16, 100), (4000, 4)],
-    ids=["decodes", "prompts", "both", "short", "long"],
+    [
+        pytest.param(40, 200, id="decodes", marks=pytest.mark.slow),
+        pytest.param(900, 20, id="prompts"),
+        pytest.param(200, 60, id="both"),
+        pytest.param(16, 100, id="short", marks=pytest.mark.slow),
+        pytest.param(4000, 4, id="long", marks=pytest.mark.slow),
+    ],
 )
 def test_beside_a_flood_first_tokens_come_no_later_than_at_equal_share(
     seed: int, prompt: int, output: int
@@ -151,7 +156,7 @@ def test_requests_of_one_tenant_start_in_the_order_of_arrival() -> None:
     assert order == [f"a {i}" for i in range(20)]
 
 
-@settings(max_examples=50, deadline=None)
+@settings(deadline=None)
 @given(
     seats=st.sampled_from([1, 2, 16]),
     budget=st.sampled_from([16, 32, 256]),
@@ -200,7 +205,7 @@ def test_a_prompt_larger_than_its_tenants_share_of_the_blocks_is_served() -> Non
     assert len(simulation.first_token) > 500, "the others are served meanwhile"
 
 
-@settings(max_examples=30, deadline=None)
+@settings(deadline=None)
 @given(
     tenants=st.integers(1, 4),
     size=st.tuples(st.integers(1, 200), st.integers(1, 60)),

@@ -122,11 +122,11 @@ def test_16_bits_change_the_logits_little(reference: Any, deepseek: Checkpoint) 
     assert difference < 1.5 * (theirs - exact).norm() / exact.norm()
 
 
-@pytest.mark.parametrize("format", ["bf16", "gptq"])
+@pytest.mark.parametrize("format", [pytest.param("bf16", marks=pytest.mark.slow), "gptq"])
 @pytest.mark.parametrize(
     "kind",
     [
-        {"target_modules": ["kv_b_proj"]},
+        pytest.param({"target_modules": ["kv_b_proj"]}, marks=pytest.mark.slow),
         {"target_modules": ["kv_b_proj"], "use_dora": True},
         {"target_modules": ["kv_b_proj"], "lora_bias": True},
         {

@@ -261,7 +261,10 @@ def test_adapters_are_cut_along_their_outputs(
 
 @pytest.mark.parametrize(
     ("tied", "dtype"),
-    [(False, "auto"), pytest.param(True, "auto", marks=pytest.mark.slow), (True, "int8")],
+    [
+        (True, "int8"),
+        *(pytest.param(tied, "auto", marks=pytest.mark.slow) for tied in (False, True)),
+    ],
 )
 def test_adapters_own_tokens_and_ends_are_those_of_one_rank(
     tiny_model: Callable[..., Path],
@@ -328,7 +331,9 @@ def test_changes_of_norms_of_heads_are_cut_with_the_heads(
     assert_equal(folder, ranks, requests, adapters=adapters, adapter_slots=slots)
 
 
-@pytest.mark.parametrize("name", ["gptq act-order", "16 bits"])
+@pytest.mark.parametrize(
+    "name", ["gptq act-order", pytest.param("16 bits", marks=pytest.mark.slow)]
+)
 def test_gains_and_biases_of_adapters_are_cut_along_their_outputs(
     model: Callable[[str], Path],
     tiny_adapter: Callable[..., Path],

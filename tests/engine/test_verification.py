@@ -151,7 +151,9 @@ def models(
         engine.stop()
 
 
-@pytest.mark.parametrize("kv_cache_bytes", [1 << 22, 150 << 10])
+@pytest.mark.parametrize(
+    "kv_cache_bytes", [pytest.param(1 << 22, marks=pytest.mark.slow), 150 << 10]
+)
 def test_whatever_is_asked_the_answers_are_those_without_drafts(
     models: Callable[..., Engine], kv_cache_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -235,7 +237,7 @@ def draft_model(models: Callable[..., Engine], tmp_path: Path) -> Callable[[floa
     return make
 
 
-@pytest.mark.parametrize("preempting", [False, True])
+@pytest.mark.parametrize("preempting", [pytest.param(False, marks=pytest.mark.slow), True])
 @pytest.mark.parametrize("speculate", [pytest.param("draft", marks=pytest.mark.slow), "auto"])
 def test_the_answers_are_those_without_a_draft_model(
     models: Callable[..., Engine],

@@ -207,9 +207,8 @@ def test_nothing_outlives_the_server(
             response.read()
 
 
-@pytest.mark.parametrize(
-    "number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_requests_finish_when_all_processes_are_told_to_end(
     launch: Callable[..., Process], tiny_model: Callable[..., Path], number: int
 ) -> None:

@@ -8,6 +8,7 @@ import json
 import resource
 import shutil
 import signal
+import time
 import zipfile
 from collections.abc import Callable
 from functools import partial
@@ -156,6 +157,7 @@ def test_a_log_that_can_grow_no_more_stops_nobody(
         server = launch(tiny_model(), stderr=stream, preexec_fn=partial(limit_files, 2_000))
     while '/v1"' not in log.read_text():
         assert server.process.poll() is None
+        time.sleep(0.1)
     server.lines.append(log.read_text())
     for _ in range(12):
         assert ask(server.origin + COMPLETIONS, HELLO)[0] == 200

@@ -203,7 +203,7 @@ def test_an_unknown_target_is_named(bases: dict[str, Path]) -> None:
         add_lora(model_of(bases["nf4"]), LoRASettings(target_modules=("q_proj", "c_attn")))
 
 
-@pytest.mark.parametrize("base", ["16-bit", "nf4"])
+@pytest.mark.parametrize("base", [pytest.param("16-bit", marks=pytest.mark.slow), "nf4"])
 def test_the_held_out_loss_falls_and_the_answer_is_learned(
     tmp_path: Path, bases: dict[str, Path], base: str
 ) -> None:
@@ -346,7 +346,9 @@ def test_training_stops_when_the_held_out_loss_no_longer_falls(
     assert result.history[-1].step == result.best_step + 3
 
 
-@pytest.mark.parametrize(("steps", "expected"), [(7, 8), (20, 11)])
+@pytest.mark.parametrize(
+    ("steps", "expected"), [(7, 8), pytest.param(20, 11, marks=pytest.mark.slow)]
+)
 def test_a_run_is_measured_ten_times_unless_told_otherwise(
     tmp_path: Path, bases: dict[str, Path], steps: int, expected: int
 ) -> None:

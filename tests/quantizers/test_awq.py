@@ -156,7 +156,7 @@ def with_salient_channels(model: Path, folder: Path) -> Path:
     return folder / "salient"
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2"])
+@pytest.mark.parametrize("family", ["llama", pytest.param("qwen2", marks=pytest.mark.slow)])
 def test_the_checkpoint_is_a_standard_one_that_differs_less_than_by_rounding(
     tmp_path: Path, tiny_model: Callable[..., Path], family: str
 ) -> None:
@@ -204,6 +204,7 @@ def test_the_checkpoint_is_a_standard_one_that_differs_less_than_by_rounding(
     assert set(Shards(tmp_path / "awq").names()) == set(Shards(tmp_path / "rtn").names())
 
 
+@pytest.mark.slow
 def test_clipping_is_searched_only_where_it_is_asked_for(
     tmp_path: Path, tiny_model: Callable[..., Path]
 ) -> None:

@@ -190,7 +190,7 @@ def layer_errors_by_rounding(source: Path, tokens: Tensor, group_size: int) -> d
 
 
 @pytest.mark.parametrize("desc_act", [False, True])
-@pytest.mark.parametrize("family", ["llama", "qwen2"])
+@pytest.mark.parametrize("family", [pytest.param("llama", marks=pytest.mark.slow), "qwen2"])
 def test_every_layer_errs_less_than_by_rounding(
     tmp_path: Path, tiny_model: Callable[..., Path], family: str, desc_act: bool
 ) -> None:
@@ -214,13 +214,16 @@ def test_every_layer_errs_less_than_by_rounding(
 @pytest.mark.parametrize(
     ("bits", "sym", "desc_act"),
     [
-        *((4, False, False), (4, False, True), (4, True, False), (4, True, True)),
+        (4, False, True),
+        (4, True, False),
+        (3, False, True),
+        (8, True, False),
         *(
-            (2, False, False),
-            (3, False, True),
-            (3, True, False),
-            (8, False, True),
-            (8, True, False),
+            pytest.param(*each, marks=pytest.mark.slow)
+            for each in [
+                *((4, False, False), (4, True, True), (2, False, False)),
+                *((3, True, False), (8, False, True)),
+            ]
         ),
     ],
 )

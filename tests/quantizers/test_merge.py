@@ -182,7 +182,7 @@ def test_merged_tokens_equal_peft_s_with_their_tokenizer(
     assert written.chat_template == AutoTokenizer.from_pretrained(model).chat_template
 
 
-@pytest.mark.parametrize("merged_format", [None, "bf16"])
+@pytest.mark.parametrize("merged_format", [None, pytest.param("bf16", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("format", FORMATS)
 def test_a_4_bit_base_gets_the_tokens_too(
     tiny_model: Callable[..., Path],
@@ -235,7 +235,7 @@ def test_a_tokenizer_without_rows_for_its_tokens_is_not_written(
 
 
 @pytest.mark.parametrize("kind", WITH_MAGNITUDES_OR_BIASES)
-@pytest.mark.parametrize("format", ["gptq", "nf4"])
+@pytest.mark.parametrize("format", ["gptq", pytest.param("nf4", marks=pytest.mark.slow)])
 def test_a_4_bit_base_merged_with_magnitudes_or_biases_says_what_both_say(
     tiny_model: Callable[..., Path],
     tiny_adapter: Callable[..., Path],
@@ -438,7 +438,16 @@ def test_the_merged_model_says_what_base_and_adapter_say(
 
 
 @pytest.mark.parametrize(
-    ("format", "variant"), [*((format, "") for format in FORMATS), ("gptq", "desc_act")]
+    ("format", "variant"),
+    [
+        ("gptq", "desc_act"),
+        ("awq", ""),
+        *(
+            pytest.param(format, "", marks=pytest.mark.slow)
+            for format in FORMATS
+            if format != "awq"
+        ),
+    ],
 )
 def test_calibrated_rounding_keeps_the_grid_and_more_of_the_adapter(
     tiny_model: Callable[..., Path], tmp_path: Path, format: str, variant: str

@@ -213,18 +213,9 @@ def write_model(folder: Path, kind: str, size: Size) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(
-    ("kind", "size"),
-    [
-        ("nf4", QUICK),
-        *(
-            pytest.param(kind, size, marks=pytest.mark.slow)
-            for kind in KINDS
-            for size in (QUICK, REAL)
-            if (kind, size) != ("nf4", QUICK)
-        ),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("size", [QUICK, REAL])
 def test_the_peak_is_little_more_than_the_packed_size(
     tmp_path: Path, kind: str, size: Size
 ) -> None:

@@ -282,7 +282,7 @@ def test_errors_have_anthropics_shape(
     run(engine, scenario)
 
 
-@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("stream", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_an_answer_may_be_limited_beyond_the_context_and_says_if_it_ends_there(
     engine: Engine, stream: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

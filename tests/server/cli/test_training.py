@@ -57,6 +57,7 @@ def test_calibrated_quantization_then_evaluation(
     assert "--baseline c is not one of the models to compare" in refused.output
 
 
+@pytest.mark.slow
 def test_the_cost_of_8_bits_is_far_below_what_the_adapter_changes(
     tiny_model: Callable[..., Path],
     tiny_adapter: Callable[..., Path],

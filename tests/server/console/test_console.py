@@ -21,7 +21,7 @@ from ..client import Client, run
 from ..conftest import running_server
 from .scripted import Scripted, serving
 
-SECONDS = 20
+SECONDS = 120
 
 
 class Page:

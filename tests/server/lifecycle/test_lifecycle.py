@@ -255,6 +255,7 @@ def test_requests_that_take_too_long_are_told_so(
     serving(engine, scenario, shutdown_timeout=0.3)
 
 
+@pytest.mark.slow
 def test_a_reader_that_stalls_does_not_keep_a_failed_server_from_ending(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
