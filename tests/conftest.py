@@ -57,6 +57,13 @@ def pytest_configure(config: pytest.Config) -> None:
         settings.load_profile("quick")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A slow test may take an hour; pyproject.toml says how long the others may."""
+    for item in items:
+        if item.get_closest_marker("slow"):
+            item.add_marker(pytest.mark.timeout(3600))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def products_are_as_of_tensor_cores() -> Iterator[None]:
     """An element of an interpreted product is the same wherever in the block it stands.
