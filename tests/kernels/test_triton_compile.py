@@ -12,11 +12,11 @@ import pytest
 pytest.importorskip("triton", reason="Triton is for Linux")
 
 
-@pytest.fixture(
-    scope="module",
-    params=[["--quick"], pytest.param(["--all"], marks=pytest.mark.slow)],
-    ids=["some", "all"],
-)
+ALL = pytest.param(["--all"], id="all", marks=pytest.mark.slow)
+of_all = pytest.mark.parametrize("table", [ALL], indirect=True)
+
+
+@pytest.fixture(scope="module", params=[pytest.param(["--quick"], id="some"), ALL])
 def table(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
     """One row for a shipped configuration: of each kind some, or all of them.
 
@@ -41,6 +41,7 @@ def test_no_register_is_spilled_inside_the_loop_or_outside_it(table: list[dict[s
     assert [e for e in table if e["row"]["spill"] or e["row"]["local"]] == []
 
 
+@of_all
 def test_every_kind_of_weight_is_compiled_for_the_largest_blocks_on_hopper(
     table: list[dict[str, Any]],
 ) -> None:
