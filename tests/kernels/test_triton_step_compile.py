@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import cache
 from typing import Any
 
 import pytest
@@ -11,19 +12,23 @@ import pytest
 pytest.importorskip("triton", reason="Triton is for Linux")
 
 
-ALL = pytest.param([], id="all", marks=pytest.mark.slow)
+ALL = pytest.param((), id="all", marks=pytest.mark.slow)
 of_all = pytest.mark.parametrize("table", [ALL], indirect=True)
 
 
-@pytest.fixture(scope="module", params=[pytest.param(["--quick"], id="some"), ALL])
-def table(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
+@cache
+def compiled(*options: str) -> list[dict[str, Any]]:
     """One row per compiled kernel; the compiler needs a process without the interpreter."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    module = "nybble.kernels.bench.step_report"
-    command = [sys.executable, "-m", module, *request.param, "--json"]
+    command = [sys.executable, "-m", "nybble.kernels.bench.step_report", *options, "--json"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)  # type: ignore[no-any-return]
+
+
+@pytest.fixture(params=[pytest.param(("--quick",), id="some"), ALL])
+def table(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
+    return compiled(*request.param)
 
 
 def of(table: list[dict[str, Any]], *kernels: str) -> list[dict[str, Any]]:
