@@ -37,7 +37,10 @@ def _patch_once_a_launch(interpreter: Any, patch: pytest.MonkeyPatch) -> None:
 
     def launched(self: Any, *arguments: Any, **options: Any) -> None:
         patched.clear()
-        launch(self, *arguments, **options)
+        try:
+            launch(self, *arguments, **options)
+        finally:
+            patched.clear()
 
     patch.setattr(interpreter, "_patch_lang", patch_language)
     patch.setattr(interpreter.GridExecutor, "__call__", launched)

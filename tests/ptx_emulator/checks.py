@@ -544,9 +544,12 @@ def main() -> None:
     parser.add_argument("--without", default="", help="leave this instruction out")
     arguments = parser.parse_args()
     orders = quick_timings if arguments.quick else timings
+    options = (arguments.families, orders, arguments.all, arguments.without, arguments.few)
     # A process compiles for one GPU.
+    if len(arguments.capability) == 1:
+        print(*outcomes_on(*arguments.capability, *options), sep="\n")
+        return
     with ProcessPoolExecutor(2, get_context("spawn"), max_tasks_per_child=1) as pool:
-        options = (arguments.families, orders, arguments.all, arguments.without, arguments.few)
         for future in [pool.submit(outcomes_on, each, *options) for each in arguments.capability]:
             print(*future.result(), sep="\n", flush=True)
 
