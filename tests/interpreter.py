@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import pytest
@@ -22,28 +21,24 @@ def spare(interpreter: Any, patch: pytest.MonkeyPatch) -> None:
 def _patch_once_a_launch(interpreter: Any, patch: pytest.MonkeyPatch) -> None:
     """Triton's language is patched at each call of a function, though a launch has done that."""
     patched: set[int] = set()
-    given, launch = interpreter._patch_lang, interpreter.GridExecutor.__call__
-    languages = {id(interpreter.tl), id(interpreter.tl.core)}
-
-    @functools.cache
-    def named(function: Any) -> set[int]:
-        return {id(each) for each in function.__globals__.values()} & languages
+    given, languages = interpreter._patch_lang, {id(interpreter.tl), id(interpreter.tl.core)}
 
     def patch_language(function: Any) -> Any:
-        if named(function) <= patched:
+        named = {id(each) for each in function.__globals__.values()} & languages
+        if named <= patched:
             return interpreter._LangPatchScope()
-        patched.update(named(function))
-        return given(function)
+        patched.update(named)
+        scope = given(function)
+        restore = scope.restore
 
-    def launched(self: Any, *arguments: Any, **options: Any) -> None:
-        patched.clear()
-        try:
-            launch(self, *arguments, **options)
-        finally:
+        def restored() -> None:
             patched.clear()
+            restore()
+
+        scope.restore = restored
+        return scope
 
     patch.setattr(interpreter, "_patch_lang", patch_language)
-    patch.setattr(interpreter.GridExecutor, "__call__", launched)
 
 
 def _look_up_dtypes_once(interpreter: Any, patch: pytest.MonkeyPatch) -> None:
