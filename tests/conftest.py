@@ -1,5 +1,6 @@
 """Fixtures that every folder of tests may use."""
 
+import gc
 import importlib.util
 import os
 import shutil
@@ -44,7 +45,7 @@ def _module(name: str) -> ModuleType:
     return module
 
 
-_tiny = _module("tiny")
+_tiny, _interpreter = _module("tiny"), _module("interpreter")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -55,6 +56,13 @@ def pytest_configure(config: pytest.Config) -> None:
     settings.register_profile("quick", max_examples=30)
     if config.getoption("markexpr") == "not slow":
         settings.load_profile("quick")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A slow test may take an hour; pyproject.toml says how long the others may."""
+    for item in items:
+        if item.get_closest_marker("slow"):
+            item.add_marker(pytest.mark.timeout(3600))
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -84,6 +92,20 @@ def products_are_as_of_tensor_cores() -> Iterator[None]:
     builder.create_dot = create_dot
     yield
     builder.create_dot = given
+
+
+@pytest.fixture(scope="session", autouse=True)
+def imports_are_no_garbage() -> None:
+    """A full collection, which some tests ask for, need not look through them: half a second."""
+    gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def interpreter_does_nothing_in_vain() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        if interpreter := sys.modules.get("triton.runtime.interpreter"):
+            _interpreter.spare(interpreter, patch)
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -6,12 +6,14 @@ the kernel is defined, because the interpreter replaces ``triton.jit``.
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import subprocess
 import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -118,16 +120,19 @@ def compile_kernel(
         raise ValueError(f"{kernel.__name__}: no type or value for {', '.join(missing)}")
     known = [n for n, t in types.items() if t.startswith("*") or n in aligned]
     attrs = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in known}
-    compiled = triton.compile(
-        ASTSource(kernel, signature, dict(constants), attrs),
-        target=GPUTarget("cuda", capability, 32),
-        options={
-            "num_warps": num_warps,
-            "num_stages": num_stages,
-            "maxnreg": max_registers,
-            "enable_fp_fusion": True,
-        },
-    )
+    said = io.StringIO()
+    with triton.knobs.nvidia.scope(), redirect_stdout(said):
+        triton.knobs.nvidia.dump_ptxas_log = True
+        compiled = triton.compile(
+            ASTSource(kernel, signature, dict(constants), attrs),
+            target=GPUTarget("cuda", capability, 32),
+            options={
+                "num_warps": num_warps,
+                "num_stages": num_stages,
+                "maxnreg": max_registers,
+                "enable_fp_fusion": True,
+            },
+        )
     if "\ttrap;" in compiled.asm["ptx"]:
         raise RuntimeError(
             f"{kernel.__name__} with {dict(constants)} for sm_{capability}: Triton "
@@ -140,13 +145,14 @@ def compile_kernel(
         for address, opcode, operands in _INSTRUCTION.findall(sass)
     )
     ptx = compiled.asm["ptx"]
-    warnings = _warnings(ptx, capability) if "wgmma" in ptx else ()
+    # Triton says nothing if it knows the result already.
+    log = said.getvalue() or (_assembled(ptx, capability) if "wgmma" in ptx else "")
+    warnings = tuple(_SERIALIZED.findall(log))
     return Report(registers, compiled.metadata.shared, stack + local, instructions, ptx, warnings)
 
 
-def _warnings(ptx: str, capability: int) -> tuple[str, ...]:
-    """Assembles it once more: Triton keeps what ptxas said to itself, and is silent if it knows the
-    result already."""
+def _assembled(ptx: str, capability: int) -> str:
+    """What ptxas says of it."""
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
         file.write(ptx)
         file.flush()
@@ -155,7 +161,7 @@ def _warnings(ptx: str, capability: int) -> tuple[str, ...]:
         done = subprocess.run(
             [*command, "-o", os.devnull], check=True, capture_output=True, text=True
         )
-    return tuple(_SERIALIZED.findall(done.stdout + done.stderr))
+    return done.stdout + done.stderr
 
 
 def _disassemble(cubin: bytes) -> tuple[str, str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import NamedTuple
@@ -63,25 +63,16 @@ _CACHES = {
     "bf16, int8 KV": ("*bf16", "*i8"),
     "bf16, fp8 KV": ("*bf16", "*fp8e4nv"),
 }
-# The attention variants which --quick compiles, and for which compute capabilities. They cover
-# every setting, and those that spill registers first.
+# The kernels of attention which --quick compiles: each kernel once at least, every setting, every
+# dtype of a cache, and each generation's products.
 _QUICK = {
-    "llama-3-8b bf16": (80, 90),
-    "gemma-7b bf16, int8 KV": (90,),
-    "gemma-2-9b bf16": (100,),
-    "gpt-oss-20b bf16": (90,),
+    ("gpt-oss-20b bf16", 90): ("decode", "decode of few", "prefill", "spans"),
+    ("llama-3-8b bf16, int8 KV", 80): ("decode", "prefill"),
+    ("gemma-2b bf16, fp8 KV", 89): ("decode",),
+    ("gemma-2-27b bf16", 100): ("decode", "prefill"),
 }
-# Of these it compiles the kernel of single tokens alone.
-_QUICK_DECODE = {
-    "llama-3-8b bf16, int8 KV": (90,),
-    "qwen1.5-0.5b bf16, fp8 KV": (90,),
-    "phi-2 bf16, int8 KV": (80,),
-    "phi-3-mini bf16, int8 KV": (80,),
-    "gemma-2b bf16, fp8 KV": (89,),
-}
-# Of the kernels of one order: --quick compiles attention for these,
-_QUICK_SPANS = ("llama-3-8b bf16", "gpt-oss-20b bf16")
-# and of the products, which have a group (0: 16 bits), a dtype and perhaps a gate, those here.
+_ATTENTION = ("decode", "decode of few", "prefill", "spans")
+# Of the products of one order, which have a group (0: 16 bits), a dtype and perhaps a gate.
 _FIXED_ORDER = {
     "affine g128": (128, "*bf16", False),
     "affine g128, gated": (128, "*bf16", True),
@@ -89,13 +80,7 @@ _FIXED_ORDER = {
     "affine g32 with zeros": (32, "*fp16", False),
     "16 bits": (0, "*bf16", False),
 }
-_QUICK_FIXED_ORDER = {
-    "affine g128": (100,),
-    "affine g128, gated": (90,),
-    "codebook g64": (90,),
-    "affine g32 with zeros": (80,),
-    "16 bits": (80,),
-}
+_QUICK_FIXED_ORDER = {("affine g128, gated", 90), ("16 bits", 80)}
 
 
 @dataclass(frozen=True)
@@ -161,30 +146,30 @@ def rows(capability: int, quick: bool = False) -> Iterator[Row]:
             variant = f"{model} {cache}"
             if kv == "*fp8e4nv" and capability < 89:
                 continue
-            if not quick or capability in (_QUICK | _QUICK_DECODE).get(variant, ()):
-                yield from _attention(variant, heads, dtype, capability, kv, quick)
+            kernels = _QUICK.get((variant, capability), ()) if quick else _ATTENTION
+            yield from _attention(variant, heads, dtype, capability, kv, kernels)
     for kind in _FIXED_ORDER:
-        if not quick or capability in _QUICK_FIXED_ORDER[kind]:
+        if not quick or (kind, capability) in _QUICK_FIXED_ORDER:
             yield _fixed_order(kind, capability)
     half = "*bf16"
     for max_rank in (16, 64):
-        for rows_ in (16, 32):
-            if not quick or ((max_rank, rows_) == (64, 32) and capability in (80, 90)):
+        if not quick:
+            for rows_ in (16, 32):
                 yield from _lora(half, max_rank, rows_, capability)
-        if not quick or (max_rank, capability) in ((16, 90), (64, 80)):
+        if not quick or (max_rank, capability) == (64, 80):
             yield from _lora(half, max_rank, lora.ROWS, capability, routed=True)
-    if not quick or capability == 90:
+    if not quick:
         yield from _elementwise(half, capability)
     if capability >= 90 and (not quick or capability == 90):
-        yield from overlapping(capability)
+        yield from overlapping(capability, quick)
 
 
-def overlapping(capability: int) -> Iterator[Row]:
+def overlapping(capability: int, quick: bool = False) -> Iterator[Row]:
     """The kernels of a decode step as they are launched while the one before is finishing."""
     half, variant = "*bf16", "llama-3-8b bf16, overlapping"
-    yield from _attention(variant, _HEADS["llama-3-8b"], half, capability, None, True, True)
+    yield from _attention(variant, _HEADS["llama-3-8b"], half, capability, None, ("decode",), True)
     yield from _lora(half, 16, 16, capability, overlap=True)
-    yield from _elementwise(half, capability, overlap=True)
+    yield from _elementwise(half, capability, quick, overlap=True)
 
 
 def _all_rows(capability: int, quick: bool) -> list[Row]:
@@ -197,10 +182,10 @@ def _attention(
     half: str,
     capability: int,
     kv: str | None,
-    quick: bool,
+    kernels: Sequence[str],
     overlap: bool = False,
 ) -> Iterator[Row]:
-    """overlap: of the kernels of single tokens alone, as they overlap with others."""
+    """overlap: as they overlap with others; then what combines their splits is compiled too."""
     int32, fp32 = "*i32", "*fp32"
     quantized = kv is not None
     shared = {
@@ -231,6 +216,8 @@ def _attention(
     own = attention_prefill.prefill_splitting(heads.group, 8, heads.dim, 132)
     splitting = attention_splits.Splitting(49, short_tokens, *own)
     for kernel, short in (("decode", False), ("decode of few", True)):
+        if kernel not in kernels:
+            continue
         constants = attention_decode.decode_constants(
             *sizes, capability, quantized=quantized, short=short
         )
@@ -248,35 +235,32 @@ def _attention(
             aligned=aligned,
         )
         yield Row.of(kernel, variant, capability, report)
-        if overlap:
-            yield _reduce(variant, heads, half, capability, splitting)
-            return
-        if quick and variant in _QUICK_DECODE:
-            return
-    constants = attention_prefill.prefill_constants(*sizes, capability, quantized=quantized)
-    warps = constants.pop("num_warps")
-    report = compile_kernel(
-        attention_prefill.prefill_kernel,
-        shared | partial,
-        {**constants, **variants, **splitting.constants},
-        capability=capability,
-        num_warps=warps,
-        aligned=aligned,
-    )
-    yield Row.of("prefill", variant, capability, report)
-    if quick and variant not in _QUICK_SPANS:
-        return
-    constants = attention_fixed.fixed_constants(*sizes, capability, quantized=quantized)
-    warps = constants.pop("num_warps")
-    report = compile_kernel(
-        attention_fixed.spans_kernel,
-        shared | {"span_out": fp32, "span_peak": fp32, "span_total": fp32},
-        {**constants, **variants},
-        capability=capability,
-        num_warps=warps,
-        aligned=aligned,
-    )
-    yield Row.of("spans", variant, capability, report)
+    if overlap:
+        yield _reduce(variant, heads, half, capability, splitting)
+    if "prefill" in kernels:
+        constants = attention_prefill.prefill_constants(*sizes, capability, quantized=quantized)
+        warps = constants.pop("num_warps")
+        report = compile_kernel(
+            attention_prefill.prefill_kernel,
+            shared | partial,
+            {**constants, **variants, **splitting.constants},
+            capability=capability,
+            num_warps=warps,
+            aligned=aligned,
+        )
+        yield Row.of("prefill", variant, capability, report)
+    if "spans" in kernels:
+        constants = attention_fixed.fixed_constants(*sizes, capability, quantized=quantized)
+        warps = constants.pop("num_warps")
+        report = compile_kernel(
+            attention_fixed.spans_kernel,
+            shared | {"span_out": fp32, "span_peak": fp32, "span_total": fp32},
+            {**constants, **variants},
+            capability=capability,
+            num_warps=warps,
+            aligned=aligned,
+        )
+        yield Row.of("spans", variant, capability, report)
 
 
 def _reduce(
@@ -384,9 +368,12 @@ def _lora(
     yield Row.of("lora expand", variant, capability, report)
 
 
-def _elementwise(half: str, capability: int, overlap: bool = False) -> Iterator[Row]:
-    last = ", overlapping" * overlap
-    for width, per_program, offset in ((5120, 1, None), (128, 16, None), (5120, 1, 1.0)):
+def _elementwise(
+    half: str, capability: int, quick: bool = False, overlap: bool = False
+) -> Iterator[Row]:
+    """quick: the first of each kind."""
+    last, few = ", overlapping" * overlap, slice(1 if quick else None)
+    for width, per_program, offset in ((5120, 1, None), (128, 16, None), (5120, 1, 1.0))[few]:
         warps = 16 if per_program == 1 else 4
         report = compile_kernel(
             norm.rms_norm_kernel,
@@ -404,7 +391,7 @@ def _elementwise(half: str, capability: int, overlap: bool = False) -> Iterator[
             aligned=("width", "stride"),
         )
         yield Row.of("add_rms_norm", f"width {width}, offset {offset}{last}", capability, report)
-    for name in ACTIVATIONS:
+    for name in ACTIVATIONS[few]:
         report = compile_kernel(
             activation.gated_kernel,
             {"gate_up": half, "out": half, "width": "i32", "stride": "i32"},
@@ -415,7 +402,7 @@ def _elementwise(half: str, capability: int, overlap: bool = False) -> Iterator[
         yield Row.of("gated", name + last, capability, report)
     arrays = dict.fromkeys(("q", "k", "v", "k_cache", "v_cache"), half)
     strides = ("q_stride", "k_stride", "v_stride")
-    for dim, rotary_dim, interleaved in ((128, 128, False), (256, 128, True)):
+    for dim, rotary_dim, interleaved in ((128, 128, False), (256, 128, True))[few]:
         constants = rotary.rotary_constants(dim, rotary_dim)
         report = compile_kernel(
             rotary.rotary_store_kernel,
@@ -438,7 +425,7 @@ def _elementwise(half: str, capability: int, overlap: bool = False) -> Iterator[
     for kernel, what, own in (
         (sampling.largest_kernel, "the largest", {"peaks": "*fp32", "places": "*i32"}),
         (sampling.draw_kernel, "the draw", draws),
-    ):
+    )[few]:
         report = compile_kernel(
             kernel,
             shared | own,

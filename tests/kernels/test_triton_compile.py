@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -12,23 +13,27 @@ import pytest
 pytest.importorskip("triton", reason="Triton is for Linux")
 
 
-@pytest.fixture(
-    scope="module",
-    params=[["--quick"], pytest.param(["--all"], marks=pytest.mark.slow)],
-    ids=["some", "all"],
-)
-def table(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
+ALL = pytest.param("--all", id="all", marks=pytest.mark.slow)
+of_all = pytest.mark.parametrize("table", [ALL], indirect=True)
+
+
+@cache
+def compiled(option: str) -> list[dict[str, Any]]:
     """One row for a shipped configuration: of each kind some, or all of them.
 
     The compiler needs a process of its own. What compiles to a trap, as a failed compilation may,
     ends that process.
     """
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    module = "nybble.kernels.bench.matmul_report"
-    command = [sys.executable, "-m", module, *request.param, "--json"]
+    command = [sys.executable, "-m", "nybble.kernels.bench.matmul_report", option, "--json"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.fixture(params=[pytest.param("--quick", id="some"), ALL])
+def table(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
+    return compiled(request.param)
 
 
 def test_the_matmul_compiles_for_ampere_ada_hopper_and_blackwell(
@@ -41,6 +46,7 @@ def test_no_register_is_spilled_inside_the_loop_or_outside_it(table: list[dict[s
     assert [e for e in table if e["row"]["spill"] or e["row"]["local"]] == []
 
 
+@of_all
 def test_every_kind_of_weight_is_compiled_for_the_largest_blocks_on_hopper(
     table: list[dict[str, Any]],
 ) -> None:

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import cache
 from typing import Any
 
 import pytest
@@ -11,19 +12,23 @@ import pytest
 pytest.importorskip("triton", reason="Triton is for Linux")
 
 
-@pytest.fixture(
-    scope="module",
-    params=[["--quick"], pytest.param([], marks=pytest.mark.slow)],
-    ids=["some", "all"],
-)
-def table(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
+ALL = pytest.param((), id="all", marks=pytest.mark.slow)
+of_all = pytest.mark.parametrize("table", [ALL], indirect=True)
+
+
+@cache
+def compiled(*options: str) -> list[dict[str, Any]]:
     """One row per compiled kernel; the compiler needs a process without the interpreter."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    module = "nybble.kernels.bench.step_report"
-    command = [sys.executable, "-m", module, *request.param, "--json"]
+    command = [sys.executable, "-m", "nybble.kernels.bench.step_report", *options, "--json"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)  # type: ignore[no-any-return]
+
+
+@pytest.fixture(params=[pytest.param(("--quick",), id="some"), ALL])
+def table(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
+    return compiled(*request.param)
 
 
 def of(table: list[dict[str, Any]], *kernels: str) -> list[dict[str, Any]]:
@@ -62,6 +67,7 @@ def test_a_block_fits_the_shared_memory_of_its_gpu(table: list[dict[str, Any]]) 
     assert [row for row in table if row["shared"] > limits[row["capability"]]] == []
 
 
+@of_all
 def test_every_head_dim_of_real_models_is_compiled(table: list[dict[str, Any]]) -> None:
     variants = {row["variant"] for row in of(table, "decode")}
     for model in ("llama-3", "qwen1.5", "phi-2", "phi-3", "gemma-2b", "gemma-7b", "gemma-2-9b"):
@@ -71,7 +77,7 @@ def test_every_head_dim_of_real_models_is_compiled(table: list[dict[str, Any]]) 
 def test_soft_caps_and_sinks_are_compiled(table: list[dict[str, Any]]) -> None:
     for kernel in ("decode", "prefill"):
         variants = {row["variant"] for row in of(table, kernel)}
-        assert {"gemma-2-9b bf16", "gpt-oss-20b bf16"} <= variants
+        assert {"gemma-2-27b bf16", "gpt-oss-20b bf16"} <= variants
 
 
 def test_kernels_that_overlap_touch_nothing_before_the_one_before_has_ended(
@@ -101,7 +107,7 @@ def test_products_run_on_tensor_cores(table: list[dict[str, Any]]) -> None:
 
 def test_a_cache_in_8_bits_is_converted_four_bytes_at_a_time(table: list[dict[str, Any]]) -> None:
     found = [row for row in table if "KV" in row["variant"]]
-    assert {row["kernel"] for row in found} >= {"decode", "decode of few", "prefill"}
+    assert {row["kernel"] for row in found} >= {"decode", "prefill"}
     assert [row for row in found if row["by_byte"]] == []
 
 

@@ -1,8 +1,9 @@
 """Every GPU kernel, as compiled, against its reference: ``checks.py [--capability 80 89 90 100]``.
 
 One JSON object a line for each comparison. ``--quick`` takes one order of things for each family on
-each GPU; both kinds of orders come in turns. ``--without bar.sync`` (or another instruction) leaves
-that instruction out, to see that the emulator notices; what is wrong ends the family then.
+each GPU; both kinds of orders come in turns. ``--few`` makes the first comparisons of a family
+alone, which run each of its kernels. ``--without bar.sync`` (or another instruction) leaves that
+instruction out, to see that the emulator notices; what is wrong ends the family then.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
-from itertools import pairwise
+from itertools import islice, pairwise
 from multiprocessing import get_context
 
 import torch
@@ -457,6 +458,9 @@ FAMILIES: dict[str, Callable[[int, bool], Iterator[Found]]] = {
     "parts": check_parts,
 }
 
+# Comparisons of a family, the first ones, that run each of its kernels.
+FEW = {"dequantize": 1, "latent": 2, "rotary": 3, "lora": 1, "norm": 9, "sampling": 1, "grouped": 4}
+
 
 def timings(capability: int, family: str) -> list[Timing]:
     """Orders to try: all in step; and warps one by one, the last first, copies at once.
@@ -488,14 +492,15 @@ def quick_timings(capability: int, family: str) -> list[Timing]:
 
 
 def outcomes(
-    family: str, capability: int, timing: Timing, everything: bool, without: str
+    family: str, capability: int, timing: Timing, everything: bool, without: str, few: bool
 ) -> list[str]:
     """A family's comparisons in one order of things, as JSON."""
     warnings.simplefilter("ignore")  # of bfloat16 gradients and the like: nothing of ours
     torch.manual_seed(7)
     found = []
     with emulated(capability, timing, without) as launched, torch.inference_mode():
-        for name, result, expected in FAMILIES[family](capability, everything):
+        compared = FAMILIES[family](capability, everything)
+        for name, result, expected in islice(compared, FEW.get(family) if few else None):
             outcome = {
                 "capability": capability,
                 "name": name,
@@ -515,6 +520,7 @@ def outcomes_on(
     orders: Callable[[int, str], list[Timing]],
     everything: bool,
     without: str,
+    few: bool,
 ) -> list[str]:
     """All families' on one GPU."""
     own = [
@@ -524,7 +530,7 @@ def outcomes_on(
         outcome
         for family in own
         for timing in orders(capability, family)
-        for outcome in outcomes(family, capability, timing, everything, without)
+        for outcome in outcomes(family, capability, timing, everything, without, few)
     ]
 
 
@@ -534,12 +540,16 @@ def main() -> None:
     parser.add_argument("--families", nargs="*", choices=FAMILIES, default=list(FAMILIES))
     parser.add_argument("--all", action="store_true", help="every kind of weight in every shape")
     parser.add_argument("--quick", action="store_true", help="one order of things, not two")
+    parser.add_argument("--few", action="store_true", help="each kernel, not each of its problems")
     parser.add_argument("--without", default="", help="leave this instruction out")
     arguments = parser.parse_args()
     orders = quick_timings if arguments.quick else timings
+    options = (arguments.families, orders, arguments.all, arguments.without, arguments.few)
     # A process compiles for one GPU.
+    if len(arguments.capability) == 1:
+        print(*outcomes_on(*arguments.capability, *options), sep="\n")
+        return
     with ProcessPoolExecutor(2, get_context("spawn"), max_tasks_per_child=1) as pool:
-        options = (arguments.families, orders, arguments.all, arguments.without)
         for future in [pool.submit(outcomes_on, each, *options) for each in arguments.capability]:
             print(*future.result(), sep="\n", flush=True)
 
