@@ -12,7 +12,7 @@ import json
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from nybble.kernels.activation import ACTIVATIONS
 from nybble.kernels.bench.cubin import COMPILERS, TENSOR_CORE, Report, compile_kernel
@@ -40,6 +40,8 @@ class Heads(NamedTuple):
     softcap: float = 0.0
     sinks: bool = False
 
+
+Kind = TypeVar("Kind")
 
 _HEADS = {
     "llama-2-13b": Heads(1, 128),
@@ -368,12 +370,17 @@ def _lora(
     yield Row.of("lora expand", variant, capability, report)
 
 
+def _first(kinds: Sequence[Kind], quick: bool) -> Sequence[Kind]:
+    return kinds[:1] if quick else kinds
+
+
 def _elementwise(
     half: str, capability: int, quick: bool = False, overlap: bool = False
 ) -> Iterator[Row]:
     """quick: the first of each kind."""
-    last, few = ", overlapping" * overlap, slice(1 if quick else None)
-    for width, per_program, offset in ((5120, 1, None), (128, 16, None), (5120, 1, 1.0))[few]:
+    last = ", overlapping" * overlap
+    norms: list[tuple[int, int, float | None]] = [(5120, 1, None), (128, 16, None), (5120, 1, 1.0)]
+    for width, per_program, offset in _first(norms, quick):
         warps = 16 if per_program == 1 else 4
         report = compile_kernel(
             norm.rms_norm_kernel,
@@ -391,7 +398,7 @@ def _elementwise(
             aligned=("width", "stride"),
         )
         yield Row.of("add_rms_norm", f"width {width}, offset {offset}{last}", capability, report)
-    for name in ACTIVATIONS[few]:
+    for name in _first(ACTIVATIONS, quick):
         report = compile_kernel(
             activation.gated_kernel,
             {"gate_up": half, "out": half, "width": "i32", "stride": "i32"},
@@ -402,7 +409,7 @@ def _elementwise(
         yield Row.of("gated", name + last, capability, report)
     arrays = dict.fromkeys(("q", "k", "v", "k_cache", "v_cache"), half)
     strides = ("q_stride", "k_stride", "v_stride")
-    for dim, rotary_dim, interleaved in ((128, 128, False), (256, 128, True))[few]:
+    for dim, rotary_dim, interleaved in _first([(128, 128, False), (256, 128, True)], quick):
         constants = rotary.rotary_constants(dim, rotary_dim)
         report = compile_kernel(
             rotary.rotary_store_kernel,
@@ -422,10 +429,11 @@ def _elementwise(
     shared |= {"arrived": "*i32", "vocab": "i32", "stride": "i32"}
     draws = dict.fromkeys(("gathered", "counts", "columns"), "*i32")
     draws |= {"sums": "*fp64", "kept": "*fp32"}
-    for kernel, what, own in (
+    kernels = [
         (sampling.largest_kernel, "the largest", {"peaks": "*fp32", "places": "*i32"}),
         (sampling.draw_kernel, "the draw", draws),
-    )[few]:
+    ]
+    for kernel, what, own in _first(kernels, quick):
         report = compile_kernel(
             kernel,
             shared | own,
