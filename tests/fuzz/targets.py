@@ -7,9 +7,11 @@ past the first checks.
 
 from __future__ import annotations
 
+import atexit
 import copy
 import json
 import math
+import shutil
 import tempfile
 from collections.abc import Callable
 from functools import lru_cache
@@ -179,19 +181,21 @@ def request_body(data: bytes) -> None:
 
 @lru_cache
 def _folder() -> Path:
-    return Path(tempfile.mkdtemp(prefix="nybble-fuzz-"))
+    folder = Path(tempfile.mkdtemp(prefix="nybble-fuzz-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 @lru_cache
 def _model() -> tuple[dict[str, Any], bytes]:
-    """config.json and model.safetensors of a model with one small projection."""
+    """config.json and model.safetensors of a small model."""
     config = Qwen2Config(
         vocab_size=8,
         hidden_size=8,
         intermediate_size=8,
         num_hidden_layers=1,
         num_attention_heads=2,
-        num_key_value_heads=1,
+        num_key_value_heads=2,
         max_position_embeddings=16,
     ).to_dict() | {"quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": 8}}
     tensors = {
@@ -199,11 +203,18 @@ def _model() -> tuple[dict[str, Any], bytes]:
         "model.norm.weight": torch.ones(8),
         "model.layers.0.input_layernorm.weight": torch.ones(8),
         "model.layers.0.post_attention_layernorm.weight": torch.ones(8),
-        "model.layers.0.self_attn.o_proj.qweight": torch.zeros(1, 8, dtype=torch.int32),
-        "model.layers.0.self_attn.o_proj.qzeros": torch.zeros(1, 1, dtype=torch.int32),
-        "model.layers.0.self_attn.o_proj.scales": torch.ones(1, 8, dtype=torch.float16),
-        "model.layers.0.self_attn.o_proj.g_idx": torch.zeros(8, dtype=torch.int32),
+        "lm_head.weight": torch.zeros(8, 8),
     }
+    attention, mlp = "model.layers.0.self_attn.", "model.layers.0.mlp."
+    for name in (*(attention + f"{each}_proj" for each in "qkvo"), mlp + "down_proj"):
+        tensors |= {
+            f"{name}.qweight": torch.zeros(1, 8, dtype=torch.int32),
+            f"{name}.qzeros": torch.zeros(1, 1, dtype=torch.int32),
+            f"{name}.scales": torch.ones(1, 8, dtype=torch.float16),
+            f"{name}.g_idx": torch.zeros(8, dtype=torch.int32),
+        }
+    tensors |= {attention + f"{each}_proj.bias": torch.zeros(8) for each in "qkv"}
+    tensors |= {mlp + f"{each}_proj.weight": torch.zeros(8, 8) for each in ("gate", "up")}
     return config, save(tensors)
 
 

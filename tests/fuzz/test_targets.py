@@ -39,7 +39,7 @@ def test_the_folders_that_are_changed_can_be_read() -> None:
     config, tensors = targets._model()
     targets._write("config.json", targets.changed(config, b""))
     targets._write("model.safetensors", tensors)
-    assert len(list(targets.open_checkpoint(targets._folder()).weights())) == 5
+    assert len(list(targets.open_checkpoint(targets._folder()).weights())) == 9
     settings, tensors, shapes = targets._adapter()
     targets._write("adapter_config.json", targets.changed(settings, b""))
     targets._write("adapter_model.safetensors", tensors)
