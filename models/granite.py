@@ -85,7 +85,7 @@ def _experts(config: PretrainedConfig, **options: Any) -> Mixture:
         Stacked(f"{module}.input_linear.weight", up.holds),
         Stacked(f"{module}.output_linear.weight", down.holds),
     )
-    return replace(experts, stacked=(*published, *experts.stacked))
+    return replace(experts, stacked=(*published, *experts.stacked), always_stacked=True)
 
 
 FAMILIES = {"granitemoehybrid": granite4, "granite": granite, "granitemoe": granitemoe}

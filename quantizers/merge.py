@@ -46,6 +46,7 @@ from nybble.loaders.tokenizer import load_tokenizer
 from nybble.quantizers.layers import DecoderLayers, linear_layer
 from nybble.quantizers.on_grid import Compensation, Grid
 from nybble.quantizers.rtn import round_to_nearest
+from nybble.quantizers.stacked_experts import parts_to_write
 from nybble.quantizers.writer import FolderWriter
 
 _COARSE_BITS = 4
@@ -146,7 +147,8 @@ def merge_adapter(
         calibrator = _Calibrator(merge, calibration, device or torch.device("cpu"))
     report: list[MergedLayer] = []
     names = track(linears, "Merging", progress, unit="layers")
-    with FolderWriter(target, source, config, tokenizer) as writer:
+    parts = parts_to_write(shards, architecture, merge.in_16_bits, dense=plan.format is None)
+    with FolderWriter(target, source, config, tokenizer, parts) as writer:
         for module in shards.modules:
             if module not in linears:
                 writer.add(merge.other(module))
@@ -232,6 +234,10 @@ class _Merge:
         change = adapter.embedding if module == about.embedding else adapter.head
         return change is not None or adapter.vocab is not None
 
+    def in_16_bits(self, name: str) -> bool:
+        """Whether a layer is written in 16 bits because all are, or because the base has it so."""
+        return self.plan.format is None or (self.plan.same and not self._quantized(name))
+
     def changes(self, name: str) -> bool:
         return not self.plan.same or self._module(name) is not None
 
@@ -250,8 +256,7 @@ class _Merge:
         if not self.changes(name):
             return self._stored(name), self._base(name), None
         exact, plan = self.exact(name), self.plan
-        in_16_bits = plan.same and not self._quantized(name)
-        if plan.format is None or self.keep_16_bits or in_16_bits:
+        if plan.format is None or self.keep_16_bits or self.in_16_bits(name):
             rounded = exact.to(plan.dtype)
             tensors: Mapping[str, Tensor] = {name + ".weight": rounded}
         else:
