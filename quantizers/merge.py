@@ -35,8 +35,10 @@ from nybble.loaders.formats import (
     AffineWeight,
     CodebookFormat,
     CodebookWeight,
+    OptionError,
     QuantizedWeight,
     WritableFormat,
+    WriteOptions,
     writing_format,
     written_formats,
 )
@@ -93,6 +95,7 @@ def merge_adapter(
     target: Path,
     *,
     format: str | None = None,
+    group_size: int | None = None,
     keep_16_bits: bool = False,
     calibration: Tensor | None = None,
     device: torch.device | None = None,
@@ -104,6 +107,7 @@ def merge_adapter(
     format: ``bf16``, or one of :func:`nybble.loaders.formats.written_formats`; None for the
         source's own, in which layers without an adapter stay as they are and layers in 16 bits
         stay in 16 bits. In another format every layer is rounded.
+    group_size: of another format than the source's; None for the source's, or the format's default.
     keep_16_bits: leave the layers that have an adapter in 16 bits, if the others stay 4-bit.
     calibration: token ids int64 ``(samples, length)`` on which the rounding error is minimized. If
         None, layers are rounded to the nearest with newly fitted scales.
@@ -124,11 +128,17 @@ def merge_adapter(
             f"{source} is the packed form: give the checkpoint it was packed from"
         )
     config = config_to_write(source)
-    plan = _plan(checkpoint, config, format)
+    plan = _plan(checkpoint, config, format, group_size)
     if keep_16_bits and (not plan.same or plan.format is None):
         raise ValueError("layers can be kept in 16 bits only in the source's own 4-bit format")
     architecture = checkpoint.architecture
     linears = architecture.linears
+    if plan.format is not None and not plan.same:
+        for name, linear in linears.items():
+            try:
+                plan.format.check_sizes(linear.out, linear.inputs)
+            except ValueError as misfit:
+                raise CheckpointError(f"{source}: {name}: {misfit}") from misfit
     shards = open_shards(source, architecture)
     checkpoint.check(shards)
     _refuse_new_biases(adapter, shards)
@@ -431,10 +441,17 @@ def _refuse_new_biases(adapter: LoRAAdapter, shards: Shards) -> None:
             )
 
 
-def _plan(checkpoint: FolderCheckpoint, config: Mapping[str, Any], format: str | None) -> _Target:
+def _plan(
+    checkpoint: FolderCheckpoint,
+    config: Mapping[str, Any],
+    format: str | None,
+    group_size: int | None,
+) -> _Target:
     own = checkpoint.quantization
     stored = config.get("dtype") or config.get("torch_dtype") or "bfloat16"
     dtype = getattr(torch, stored)
+    if group_size is not None and format in (None, BF16, checkpoint.format):
+        raise OptionError("group_size", "goes with a 4-bit format that the base does not have")
     if format == BF16:
         return _Target(None, own is None, torch.bfloat16)
     if format is None or format == checkpoint.format:
@@ -444,7 +461,8 @@ def _plan(checkpoint: FolderCheckpoint, config: Mapping[str, Any], format: str |
                 f"format (--out {', '.join((*written_formats(), BF16))})"
             )
         return _Target(own, True, dtype)
-    return _Target(writing_format(format, like=own), False, dtype)
+    options = WriteOptions(group_size=group_size)
+    return _Target(writing_format(format, options, like=own), False, dtype)
 
 
 def _configure(
