@@ -44,6 +44,7 @@ from nybble.loaders.adapter_tensors import (
 from nybble.loaders.adapter_tokens import TOKEN_FILES
 from nybble.loaders.adapter_vectors import vector_changes
 from nybble.loaders.errors import AdapterError, unreadable
+from nybble.model_name import dangling_link
 from nybble.models import Architecture, Mixture
 
 __all__ = [
@@ -52,6 +53,7 @@ __all__ = [
     "LoRAAdapter",
     "LoRAModule",
     "content_digest",
+    "files_stamp",
     "load_adapter",
     "own_files",
     "resolve_adapter",
@@ -88,6 +90,8 @@ def resolve_adapter(name: str) -> Path:
     folder = Path(name).expanduser()
     if (folder / CONFIG_FILE).is_file():
         return folder
+    if (link := dangling_link(folder)) is not None:
+        raise AdapterError(f"adapter {name!r}: {link}")
     reason = f"the folder {folder} has no {CONFIG_FILE}" if folder.is_dir() else "no such folder"
     if name.count("/") == 1 and not name.startswith((".", "/", "~")):
         files = [CONFIG_FILE, _SAFETENSORS, *OWN_FILES]
@@ -99,6 +103,19 @@ def resolve_adapter(name: str) -> Path:
         f"adapter {name!r} was not found ({reason}); a folder written by PEFT or a hub name "
         "org/name would work"
     )
+
+
+def files_stamp(name: str) -> tuple[tuple[int, int], ...]:
+    """Sizes and times of change of the two files of an adapter's folder, without reading them.
+
+    Empty for an adapter of the hub, whose files are another folder for each version.
+    """
+    folder = Path(name).expanduser()
+    try:
+        found = [(folder / file).stat() for file in (CONFIG_FILE, _SAFETENSORS)]
+    except OSError:
+        return ()
+    return tuple((each.st_size, each.st_mtime_ns) for each in found)
 
 
 def content_digest(folder: Path) -> str:

@@ -204,6 +204,12 @@ class _Reader:
         tied = self.settings.tying and about.tied
         tied_lora = tied and self.settings.selects(self._module(about.embedding).trained)
         named = self.settings.selects(module.trained)
+        if about.head_bias and "bias" in module.parts:
+            raise AdapterError(
+                f"{self.path} has a bias of its own for {about.head}, {module.parts['bias'][0]}, "
+                "which is not supported; merge with peft's merge_and_unload and serve the merged "
+                "model"
+            )
         expected = set()
         if named or tied_lora:
             expected = {"lora_A", "lora_B"}

@@ -25,7 +25,7 @@ def open_shards(folder: Path, architecture: Architecture) -> Shards:
     shards.leave_out(architecture.unused)
     shapes: dict[str, tuple[int, ...]] = {}
     parts: dict[str, Part] = {}
-    for prefix, mixture in _mixtures(architecture):
+    for prefix, mixture in mixtures(architecture):
         for alias, name in mixture.router.aliases.items():
             if prefix + alias in shards:
                 parts[prefix + name] = Part(prefix + alias)
@@ -39,7 +39,7 @@ def open_shards(folder: Path, architecture: Architecture) -> Shards:
     return shards
 
 
-def _mixtures(architecture: Architecture) -> Iterator[tuple[str, Mixture]]:
+def mixtures(architecture: Architecture) -> Iterator[tuple[str, Mixture]]:
     """The prefix of every layer with a mixture, and the mixture."""
     for index, layer in enumerate(architecture.layers):
         if isinstance(layer.mlp, Mixture):
@@ -60,6 +60,12 @@ def _separated(
             f"{folder}: {source} has shape {shape}: its rows are not those of {shares} "
             "linear layers of one size"
         )
+    return stacked_parts(prefix, stacked, experts)
+
+
+def stacked_parts(prefix: str, stacked: Stacked, experts: int) -> dict[str, Part]:
+    """The parts of a tensor that holds those of all experts, by their own names."""
+    source, shares = prefix + stacked.name, len(stacked.holds)
     return {
         prefix + name.format(expert): Part(
             source, expert, share, shares, stacked.interleaved, stacked.transposed
@@ -71,7 +77,7 @@ def _separated(
 
 def _check_experts(shards: Shards, architecture: Architecture) -> None:
     """Raises CheckpointError naming an expert's linear layer that is missing or too many."""
-    for prefix, mixture in _mixtures(architecture):
+    for prefix, mixture in mixtures(architecture):
         expected = {
             prefix + linear.name for group in mixture.expert_groups for linear in group.linears
         }

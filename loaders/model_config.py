@@ -37,7 +37,7 @@ def load_config(folder: Path) -> PretrainedConfig:
     renamed = _as_llama(written) if _family(written) == _INTERNLM3 else None
     if renamed is None:
         own = written["text_config"].get("model_type", "") if wrapper else _family(written)
-        require_family(own)
+        require_family(own, _WRAPPERS)
     if written.get("is_causal") is False:
         raise UnsupportedModelError(
             f"{path} says is_causal: false, but attention to later tokens is not supported"

@@ -16,6 +16,7 @@ from nybble.model_name import (
     DEMO,
     DEMO_HUB_NAME,
     ModelNotFoundError,
+    dangling_link,
     may_be_on_the_hub,
     read_aliases,
 )
@@ -38,6 +39,8 @@ def resolve_model(name: str, *, aliases: Path | None = None, download: bool = Tr
         return _gguf_folder(file)
     if (folder / "config.json").is_file():
         return folder
+    if (link := dangling_link(folder)) is not None:
+        raise ModelNotFoundError(f"model {name!r}: {link}")
     if folder.is_file():
         raise ModelNotFoundError(_no_folder(name, folder))
     tried.append(f"the folder {folder}" + (" (no config.json in it)" if folder.is_dir() else ""))

@@ -60,14 +60,27 @@ class Part:
         rows, *others = (*entry[:-2], *entry[:-3:-1]) if self.transposed else entry
         return (rows // self.shares, *others)
 
+    def entry_shape(self, part: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of the entry that has a part of this shape."""
+        rows, *others = part
+        whole = (rows * self.shares, *others)
+        return (*whole[:-2], *whole[:-3:-1]) if self.transposed else whole
+
     def of(self, entry: Tensor) -> Tensor:
         """The part of an entry."""
+        return self._view(entry).contiguous()
+
+    def put(self, entry: Tensor, part: Tensor) -> None:
+        """Write the part into an entry, the inverse of :meth:`of`."""
+        self._view(entry).copy_(part)
+
+    def _view(self, entry: Tensor) -> Tensor:
         if self.transposed:
             entry = entry.mT
         rows = entry.shape[0] // self.shares
         if self.interleaved:
-            return entry[self.share :: self.shares].contiguous()
-        return entry[self.share * rows : (self.share + 1) * rows].contiguous()
+            return entry[self.share :: self.shares]
+        return entry[self.share * rows : (self.share + 1) * rows]
 
 
 def module_and_leaf(name: str) -> tuple[str, str]:
@@ -198,6 +211,11 @@ class Shards:
         for source in {part.source for part in parts.values()}:
             del self._stored[source]
         self._parts.update(parts)
+
+    @property
+    def parts(self) -> Mapping[str, Part]:
+        """What is shown instead of its source."""
+        return self._parts
 
     def names(self) -> list[str]:
         return list(self._stored)

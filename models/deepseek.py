@@ -49,7 +49,7 @@ def deepseek_v2(config: PretrainedConfig) -> Architecture:
 
 def deepseek_v3(config: PretrainedConfig) -> Architecture:
     """Checkpoints hold a layer after the last, which is an MTP head."""
-    read.refuse(config, scoring_func="sigmoid", topk_method="noaux_tc", moe_layer_freq=1)
+    read.refuse(config, moe_layer_freq=1)
     return _decoder(
         config,
         _mlps(config, sigmoid_router(config)),
@@ -121,6 +121,7 @@ def _decoder(
 
 def sigmoid_router(config: PretrainedConfig, module: str = "mlp.gate") -> Router:
     """V3's: each expert's score is a sigmoid, and a bias counts for the choice alone."""
+    read.refuse(config, scoring_func="sigmoid", topk_method="noaux_tc")
     return Router(
         module,
         scoring="sigmoid",

@@ -40,6 +40,7 @@ def gpt_oss(config: PretrainedConfig) -> Architecture:
         top_k=read.size(config, "num_experts_per_tok"),
         router=Router("mlp.router", scoring="softmax_of_chosen", bias=True),
         stacked=(*_stacked("gate_up_proj", _UP), *_stacked("down_proj", _DOWN)),
+        always_stacked=True,
     )
     return decoder(
         config,

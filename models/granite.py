@@ -15,6 +15,7 @@ from nybble.models import (
     Stacked,
 )
 from nybble.models import config as read
+from nybble.models.config import UnsupportedModelError
 from nybble.models.llama import decoder
 from nybble.models.parts import fused_gated_mlp, mamba, mixture
 
@@ -53,6 +54,12 @@ def granite4(config: PretrainedConfig) -> Architecture:
         names=("shared_mlp.input_linear", "shared_mlp.output_linear"),
     )
     mixer = mamba(config) if "linear_attention" in kinds else None
+    # Unset, or as published models say it, there are no positions.
+    if config.position_embedding_type not in ("rope", "nope", None):
+        raise UnsupportedModelError(
+            f"position_embedding_type is {config.position_embedding_type!r}; supported are 'rope' "
+            "and 'nope'"
+        )
     rotates = config.position_embedding_type == "rope"
     return granite(
         config,
@@ -85,7 +92,7 @@ def _experts(config: PretrainedConfig, **options: Any) -> Mixture:
         Stacked(f"{module}.input_linear.weight", up.holds),
         Stacked(f"{module}.output_linear.weight", down.holds),
     )
-    return replace(experts, stacked=(*published, *experts.stacked))
+    return replace(experts, stacked=(*published, *experts.stacked), always_stacked=True)
 
 
 FAMILIES = {"granitemoehybrid": granite4, "granite": granite, "granitemoe": granitemoe}

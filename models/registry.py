@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from functools import cache
 from pathlib import Path
 
@@ -47,6 +47,7 @@ def architecture_of(config: PretrainedConfig) -> Architecture:
     """
     require_family(config.model_type)
     _check_numbers(config)
+    _check_positions(config)
     try:
         architecture = _families()[config.model_type](config)
     except UnsupportedModelError:
@@ -105,17 +106,33 @@ def _check_numbers(config: PretrainedConfig) -> None:
             raise UnsupportedModelError(f"{name} is {value}, expected 0 or more and less than 1")
 
 
+def _check_positions(config: PretrainedConfig) -> None:
+    """Refuse positions that are not rotary, such as ALiBi, unless the family reads the setting."""
+    name = "position_embedding_type"
+    value = getattr(config, name, None)
+    if value is None or hasattr(type(config), name):
+        return
+    if not isinstance(value, str) or not value.startswith("rope"):
+        raise UnsupportedModelError(
+            f"{name} is {value!r}, which is not supported for {config.model_type}; expected 'rope'"
+        )
+
+
 def _nulls(config: PretrainedConfig) -> str:
     """Which of a config's numbers are missing, for an error."""
     names = [name for name, value in _numbers(config) if value is None]
     return f"; null are {', '.join(names)}" if names else ""
 
 
-def require_family(model_type: object) -> None:
-    """Raises UnsupportedModelError for a family that is not known, which names those that are."""
+def require_family(model_type: object, wrappers: Collection[str] = ()) -> None:
+    """Raises UnsupportedModelError for a family that is not known, which names those that are.
+
+    wrappers: model types of which a part is a family that is known.
+    """
     if not isinstance(model_type, str) or model_type not in _families():
         lacking = [f" ({what})" for what, types in _LACKING.items() if model_type in types]
         raise UnsupportedModelError(
             f"model_type {model_type!r} is not supported{''.join(lacking)}; "
             f"supported are {', '.join(supported_families())}"
+            + (f"; and the language models of {', '.join(sorted(wrappers))}" if wrappers else "")
         )

@@ -12,6 +12,7 @@ from nybble.models.parts import plain_mlp
 
 def starcoder2(config: PretrainedConfig) -> Architecture:
     """All layers have one window, or none."""
+    read.refuse(config, norm_type="layer_norm", mlp_type="default")
     bias = bool(config.use_bias)
     mlp = plain_mlp(
         read.size(config, "hidden_size"),

@@ -33,6 +33,7 @@ from nybble.quantizers.layers import (
     output_error,
 )
 from nybble.quantizers.rtn import round_to_nearest
+from nybble.quantizers.stacked_experts import parts_to_write
 from nybble.quantizers.writer import FolderWriter
 
 logger = logging.getLogger(__name__)
@@ -116,7 +117,8 @@ def quantize_checkpoint(
                 written.check_sizes(out, columns)
             except ValueError as misfit:
                 raise CheckpointError(f"{source}: {module}: {misfit}") from misfit
-    with FolderWriter(target, source, config) as writer:
+    parts = parts_to_write(shards, checkpoint.architecture, lambda linear: False)
+    with FolderWriter(target, source, config, parts=parts) as writer:
         if has_mtp(checkpoint):
             for name, tensor in mtp_tensors(checkpoint):
                 writer.add({name: tensor})

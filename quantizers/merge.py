@@ -35,8 +35,10 @@ from nybble.loaders.formats import (
     AffineWeight,
     CodebookFormat,
     CodebookWeight,
+    OptionError,
     QuantizedWeight,
     WritableFormat,
+    WriteOptions,
     writing_format,
     written_formats,
 )
@@ -46,6 +48,7 @@ from nybble.loaders.tokenizer import load_tokenizer
 from nybble.quantizers.layers import DecoderLayers, linear_layer
 from nybble.quantizers.on_grid import Compensation, Grid
 from nybble.quantizers.rtn import round_to_nearest
+from nybble.quantizers.stacked_experts import parts_to_write
 from nybble.quantizers.writer import FolderWriter
 
 _COARSE_BITS = 4
@@ -92,6 +95,7 @@ def merge_adapter(
     target: Path,
     *,
     format: str | None = None,
+    group_size: int | None = None,
     keep_16_bits: bool = False,
     calibration: Tensor | None = None,
     device: torch.device | None = None,
@@ -103,6 +107,7 @@ def merge_adapter(
     format: ``bf16``, or one of :func:`nybble.loaders.formats.written_formats`; None for the
         source's own, in which layers without an adapter stay as they are and layers in 16 bits
         stay in 16 bits. In another format every layer is rounded.
+    group_size: of another format than the source's; None for the source's, or the format's default.
     keep_16_bits: leave the layers that have an adapter in 16 bits, if the others stay 4-bit.
     calibration: token ids int64 ``(samples, length)`` on which the rounding error is minimized. If
         None, layers are rounded to the nearest with newly fitted scales.
@@ -123,11 +128,17 @@ def merge_adapter(
             f"{source} is the packed form: give the checkpoint it was packed from"
         )
     config = config_to_write(source)
-    plan = _plan(checkpoint, config, format)
+    plan = _plan(checkpoint, config, format, group_size)
     if keep_16_bits and (not plan.same or plan.format is None):
         raise ValueError("layers can be kept in 16 bits only in the source's own 4-bit format")
     architecture = checkpoint.architecture
     linears = architecture.linears
+    if plan.format is not None and not plan.same:
+        for name, linear in linears.items():
+            try:
+                plan.format.check_sizes(linear.out, linear.inputs)
+            except ValueError as misfit:
+                raise CheckpointError(f"{source}: {name}: {misfit}") from misfit
     shards = open_shards(source, architecture)
     checkpoint.check(shards)
     _refuse_new_biases(adapter, shards)
@@ -146,7 +157,8 @@ def merge_adapter(
         calibrator = _Calibrator(merge, calibration, device or torch.device("cpu"))
     report: list[MergedLayer] = []
     names = track(linears, "Merging", progress, unit="layers")
-    with FolderWriter(target, source, config, tokenizer) as writer:
+    parts = parts_to_write(shards, architecture, merge.in_16_bits, dense=plan.format is None)
+    with FolderWriter(target, source, config, tokenizer, parts) as writer:
         for module in shards.modules:
             if module not in linears:
                 writer.add(merge.other(module))
@@ -232,6 +244,10 @@ class _Merge:
         change = adapter.embedding if module == about.embedding else adapter.head
         return change is not None or adapter.vocab is not None
 
+    def in_16_bits(self, name: str) -> bool:
+        """Whether a layer is written in 16 bits because all are, or because the base has it so."""
+        return self.plan.format is None or (self.plan.same and not self._quantized(name))
+
     def changes(self, name: str) -> bool:
         return not self.plan.same or self._module(name) is not None
 
@@ -250,8 +266,7 @@ class _Merge:
         if not self.changes(name):
             return self._stored(name), self._base(name), None
         exact, plan = self.exact(name), self.plan
-        in_16_bits = plan.same and not self._quantized(name)
-        if plan.format is None or self.keep_16_bits or in_16_bits:
+        if plan.format is None or self.keep_16_bits or self.in_16_bits(name):
             rounded = exact.to(plan.dtype)
             tensors: Mapping[str, Tensor] = {name + ".weight": rounded}
         else:
@@ -426,10 +441,17 @@ def _refuse_new_biases(adapter: LoRAAdapter, shards: Shards) -> None:
             )
 
 
-def _plan(checkpoint: FolderCheckpoint, config: Mapping[str, Any], format: str | None) -> _Target:
+def _plan(
+    checkpoint: FolderCheckpoint,
+    config: Mapping[str, Any],
+    format: str | None,
+    group_size: int | None,
+) -> _Target:
     own = checkpoint.quantization
     stored = config.get("dtype") or config.get("torch_dtype") or "bfloat16"
     dtype = getattr(torch, stored)
+    if group_size is not None and format in (None, BF16, checkpoint.format):
+        raise OptionError("group_size", "goes with a 4-bit format that the base does not have")
     if format == BF16:
         return _Target(None, own is None, torch.bfloat16)
     if format is None or format == checkpoint.format:
@@ -439,7 +461,8 @@ def _plan(checkpoint: FolderCheckpoint, config: Mapping[str, Any], format: str |
                 f"format (--out {', '.join((*written_formats(), BF16))})"
             )
         return _Target(own, True, dtype)
-    return _Target(writing_format(format, like=own), False, dtype)
+    options = WriteOptions(group_size=group_size)
+    return _Target(writing_format(format, options, like=own), False, dtype)
 
 
 def _configure(

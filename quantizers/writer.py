@@ -16,6 +16,8 @@ from nybble.loaders.adapter_settings import TEMPLATE, TOKENIZER
 from nybble.loaders.adapter_tokens import TOKEN_FILES
 from nybble.loaders.model_files import copy_side_files
 from nybble.loaders.safetensors_file import write_safetensors
+from nybble.loaders.shards import Part
+from nybble.quantizers.stacked_experts import Stacker
 
 _SHARD_BYTES = 1 << 30
 
@@ -29,10 +31,13 @@ class FolderWriter:
         source: Path,
         config: Mapping[str, Any],
         tokenizer: PreTrainedTokenizerBase | None = None,
+        parts: Mapping[str, Part] | None = None,
     ) -> None:
         """``config`` becomes config.json; tokenizer and the like are copied from ``source``.
 
         tokenizer: instead of the source's.
+        parts: which of the tensors are written as parts of others
+            (:func:`nybble.quantizers.stacked_experts.parts_to_write`).
 
         Raises FileExistsError if the target has content.
         """
@@ -41,6 +46,7 @@ class FolderWriter:
             raise FileExistsError(f"{target} is not empty")
         self._target, self._source, self._config = target, source, config
         self._scratch = target.with_name(target.name + ".partial")
+        self._stacker = Stacker(parts or {})
         self._shard: dict[str, Tensor] = {}
         self._bytes = 0
         self._weight_map: dict[str, str] = {}
@@ -52,8 +58,9 @@ class FolderWriter:
         return self
 
     def add(self, tensors: Mapping[str, Tensor]) -> None:
-        self._shard.update({name: tensor.cpu().contiguous() for name, tensor in tensors.items()})
-        self._bytes += sum(tensor.nbytes for tensor in tensors.values())
+        whole = self._stacker.take(tensors)
+        self._shard.update({name: tensor.cpu().contiguous() for name, tensor in whole.items()})
+        self._bytes += sum(tensor.nbytes for tensor in whole.values())
         if self._bytes >= _SHARD_BYTES:
             self._flush()
 

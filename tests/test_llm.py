@@ -139,6 +139,19 @@ def test_an_adapter_is_asked_for_by_its_folder_for_all_prompts_or_for_one(
     assert llm.generate(prompts, GREEDY, adapter=[str(adapter), None]) == [found[0], base[1]]
 
 
+def test_an_adapter_whose_files_have_changed_is_read_again(
+    llm: LLM, tiny_adapter: Callable[..., Path], tmp_path: Path
+) -> None:
+    """As of a checkpoint that training writes over the last one."""
+    folder = tmp_path / "adapter"
+    found = []
+    for seed in (1, 2):
+        shutil.copytree(tiny_adapter(seed=seed), folder, dirs_exist_ok=True)
+        found.append(llm.generate([[5, 6, 7]], GREEDY, adapter=folder))
+        assert found[-1] == llm.generate([[5, 6, 7]], GREEDY, adapter=tiny_adapter(seed=seed))
+    assert found[0] != found[1]
+
+
 def test_every_prompt_may_have_parameters_of_its_own(llm: LLM) -> None:
     lengths = [1, 4, 2]
     params = [SamplingParams(max_tokens=n, temperature=0, ignore_eos=True) for n in lengths]

@@ -231,9 +231,10 @@ class AffineFormat(WritableFormat):
     def check_sizes(self, out: int, columns: int) -> None:
         size, word = self.group_of(columns), words_for(self.bits)
         if columns % size or columns % word or out % word:
+            hint = ": choose another group size (--group-size), or -1 for all inputs"
             raise ValueError(
                 f"{out} outputs and {columns} inputs do not divide into groups of {size} "
-                f"inputs and words of {word}"
+                f"inputs and words of {word}{hint if columns % size else ''}"
             )
 
     @abstractmethod

@@ -84,7 +84,10 @@ class BitsAndBytes(CodebookFormat):
 
     def check_sizes(self, out: int, columns: int) -> None:
         if out * columns % self.blocksize:
-            raise ValueError(f"{out}×{columns} is not a multiple of {self.blocksize}")
+            raise ValueError(
+                f"{out}×{columns} is not a multiple of {self.blocksize}: choose another block size "
+                "(--group-size)"
+            )
 
     def quantized(self, shards: Shards, module: str) -> CodebookWeight:
         weight = module + ".weight"

@@ -124,7 +124,8 @@ class Mixture:
     """A mixture of experts: MLPs of which a router chooses ``top_k`` for every token.
 
     experts: of one shape, under the names which checkpoints with separate experts have.
-    stacked: the tensors that other checkpoints have instead.
+    stacked: the tensors that other checkpoints have instead; first those that are published.
+    always_stacked: whether transformers reads experts in 16 bits from ``stacked`` alone.
     shared: an MLP whose output is added for every token; None for none.
     shared_gate: the module of a weight ``(1, hidden)``; the shared output is multiplied by the
         sigmoid of its product with the input. None for none.
@@ -134,6 +135,7 @@ class Mixture:
     top_k: int
     router: Router
     stacked: tuple[Stacked, ...] = ()
+    always_stacked: bool = False
     shared: Mlp | None = None
     shared_gate: str | None = None
 

@@ -9,6 +9,7 @@ from nybble.model_name import (
     DEFAULT_ALIASES,
     DEMO,
     ModelNotFoundError,
+    dangling_link,
     may_be_on_the_hub,
     read_aliases,
 )
@@ -31,6 +32,8 @@ def require_model(model: str, aliases: Path | None = None) -> None:
     path = Path(model).expanduser()
     if model == DEMO or path.exists():
         return
+    if (link := dangling_link(path)) is not None:
+        raise FileNotFoundError(f"model {model!r}: {link}")
     if "/" not in model and not model.startswith("~") and path.suffix != ".gguf":
         tried = [f"the folder {path}"]
         if (file := aliases or DEFAULT_ALIASES).is_file():
@@ -49,9 +52,10 @@ def require_adapter(adapter: str, named_by: str) -> None:
     named_by: the option that names it. Raises FileNotFoundError.
     """
     path = Path(adapter).expanduser()
-    if path.exists() or may_be_on_the_hub(adapter):
+    link = dangling_link(path)
+    if path.exists() or (link is None and may_be_on_the_hub(adapter)):
         return
-    raise FileNotFoundError(f"{named_by}: adapter {adapter!r}: {_missing(path)}")
+    raise FileNotFoundError(f"{named_by}: adapter {adapter!r}: {link or _missing(path)}")
 
 
 def require_named(options: ServeOptions) -> None:

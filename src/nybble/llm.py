@@ -55,6 +55,7 @@ from nybble.engine.ranks import check_ranks
 from nybble.engine.request import FinishReason
 from nybble.kernels.progress import Bar
 from nybble.loaders import Checkpoint
+from nybble.loaders.adapter import files_stamp
 from nybble.loaders.adapter_tokens import TextTokenizer
 from nybble.loaders.templates import TemplateFailedError, TemplateRefusedError, TemplateRenderer
 from nybble.models import architecture_of
@@ -331,6 +332,7 @@ class LLM:
         self.tokenizer: PreTrainedTokenizerBase = engine.tokenizer
         self._engine = engine
         self._adapters_enabled = enable_lora
+        self._stamps: dict[str, tuple[tuple[int, int], ...]] = {}  # of adapters' files, when read
         self._templates = TemplateRenderer()
         self._chat_encoder = ChatEncoder(engine.tokenizer)
         self._parts: dict[str, bool] = {}  # by template: whether it reads content as parts
@@ -372,7 +374,8 @@ class LLM:
         params: for all prompts, or one for each; :attr:`default_params` if None, or what the
             adapter's own generation_config.json recommends.
         adapter: the folder or hub name of a LoRA adapter, for all prompts or one for each; None for
-            the base model. It is read when it is first asked for.
+            the base model. It is read when it is first asked for, and again if its files have
+            changed.
         progress: show how many are done, on stderr.
 
         Raises ParameterError naming the prompt that cannot be served, AdapterError for an adapter
@@ -542,9 +545,13 @@ class LLM:
             raise ParameterError(
                 "adapter", "there is no room for adapters: give LLM(…, enable_lora=True)"
             )
-        if self._engine.adapter(path) is None:
-            with _options_named():
-                self._engine.load_adapter(path, path)
+        stamp = files_stamp(path)
+        unchanged = not stamp or stamp == self._stamps.get(path)
+        if unchanged and self._engine.adapter(path) is not None:
+            return
+        with _options_named():
+            self._engine.load_adapter(path, path)
+        self._stamps[path] = stamp
 
     def _wait_for(self, work: Coroutine[Any, Any, T]) -> T:
         if not self._finalizer.alive:

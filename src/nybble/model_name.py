@@ -42,3 +42,11 @@ def read_aliases(path: Path | None) -> dict[str, str]:
 def may_be_on_the_hub(name: str) -> bool:
     """Whether ``name`` has the form ``org/name``."""
     return name.count("/") == 1 and not name.startswith((".", "/", "~"))
+
+
+def dangling_link(path: Path) -> str | None:
+    """What is wrong with a path if it, or a folder on the way, is a link to nothing."""
+    for part in (*reversed(path.parents), path):
+        if part.is_symlink() and not part.exists():
+            return f"{part} is a link to {part.readlink()}, which does not exist"
+    return None

@@ -585,3 +585,19 @@ def test_a_hub_name_is_downloaded_without_what_an_adapter_does_not_need(
     assert resolve_adapter("org/poet") == editable
     with pytest.raises(AdapterError, match="not had from the hub: cannot find it"):
         resolve_adapter("org/nobody")
+
+
+@pytest.mark.parametrize("options", [{"bias": "all"}, {"modules_to_save": ["lm_head"]}])
+def test_an_output_layer_s_own_bias_is_refused_with_a_way_out(
+    tmp_path: Path, options: dict[str, Any]
+) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "vocab_size": 50}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "num_local_experts": 2}
+    config = AutoConfig.for_model("phimoe", **sizes, **heads, lm_head_bias=True)
+    model = AutoModelForCausalLM.from_config(config)
+    settings = LoraConfig(r=2, target_modules=["q_proj"], **options)
+    get_peft_model(model, settings).save_pretrained(tmp_path)
+    with pytest.raises(AdapterError, match=r"has a bias of its own for lm_head, .* with peft's"):
+        load_adapter(tmp_path, architecture_of(config))

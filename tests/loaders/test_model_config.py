@@ -132,3 +132,13 @@ def test_a_setting_that_transformers_refuses_is_named_with_the_file(
             open_checkpoint(tmp_path)
         assert str(refused.value).startswith(f"{tmp_path / 'config.json'}")
         assert "validator" not in str(refused.value)
+
+
+@pytest.mark.parametrize("family", ["llama4", "qwen3_vl_moe"])
+def test_a_multimodal_model_that_is_not_known_is_told_which_are(
+    tmp_path: Path, family: str
+) -> None:
+    config = {"model_type": family, "text_config": {"model_type": f"{family}_text"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UnsupportedModelError, match="language models of gemma3, llava, mistral3"):
+        open_checkpoint(tmp_path)

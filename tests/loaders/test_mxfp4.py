@@ -14,7 +14,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from nybble.kernels import PackedWeight
-from nybble.loaders import CheckpointError, open_checkpoint, save_packed
+from nybble.loaders import CheckpointError, LoRAAdapter, open_checkpoint, save_packed
+from nybble.quantizers import merge_adapter
 
 EXPERTS, HIDDEN, INTERMEDIATE = 3, 64, 96
 
@@ -77,6 +78,20 @@ def test_experts_are_kept_in_4_bits_and_are_what_transformers_dequantizes(folder
             assert isinstance(packed, PackedWeight)
             assert packed.bias is not None
             assert torch.equal(packed.bias, torch.cat((bias[0::2], bias[1::2])))
+
+
+def test_in_16_bits_it_is_a_model_that_transformers_reads(folder: Path) -> None:
+    target = folder.parent / "merged"
+    merge_adapter(folder, LoRAAdapter({}, b""), target, format="bf16", progress=False)
+    tensors = load_file(folder / "model.safetensors")
+    model, report = AutoModelForCausalLM.from_pretrained(target, output_loading_info=True)
+    assert not any(report.values()), report
+    for name, tensor in model.state_dict().items():
+        if name in tensors:
+            assert torch.equal(tensor, tensors[name].to(tensor.dtype)), name
+        else:
+            parts = tensors[name + "_blocks"], tensors[name + "_scales"]
+            assert torch.equal(tensor, convert_moe_packed_tensors(*parts, dtype=tensor.dtype)), name
 
 
 def test_a_weight_takes_four_and_a_quarter_bits(folder: Path) -> None:

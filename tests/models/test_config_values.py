@@ -85,6 +85,34 @@ def test_a_number_that_is_none_is_named(family: str, name: str, value: object) -
 
 
 @pytest.mark.parametrize(
+    ("family", "name", "value"),
+    [
+        ("granitemoehybrid", "position_embedding_type", "alibi"),
+        ("granite", "position_embedding_type", "nope"),
+        ("llama", "position_embedding_type", "alibi"),
+        ("starcoder2", "norm_type", "rms_norm"),
+        ("starcoder2", "mlp_type", "gated"),
+        ("glm4_moe", "scoring_func", "softmax"),
+        ("glm4_moe_lite", "topk_method", "greedy"),
+        ("deepseek_v3", "scoring_func", "softmax"),
+    ],
+)
+def test_a_word_that_chooses_another_computation_is_named(
+    family: str, name: str, value: object
+) -> None:
+    refused(family, f"{name} is {value!r}", **{name: value})
+
+
+@pytest.mark.parametrize("value", ["nope", None])
+def test_granite_4_may_have_no_positions(value: str | None) -> None:
+    config = AutoConfig.for_model(
+        "granitemoehybrid", **SIZES | {"layer_types": ["full_attention"] * 2}
+    )
+    config.num_hidden_layers, config.position_embedding_type = 2, value
+    assert {attention.rope for attention in architecture_of(config).attentions} == {None}
+
+
+@pytest.mark.parametrize(
     ("parameters", "name"),
     [
         ({**LLAMA3, "rope_theta": None}, "rope_theta"),

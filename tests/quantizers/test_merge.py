@@ -559,9 +559,16 @@ def test_what_cannot_be_merged_is_refused(
     module = LoRAModule(torch.zeros(1, 192), torch.zeros(192, 1), 1.0)
     unaligned = LoRAAdapter({"model.layers.0.self_attn.q_proj": module}, b"")
     small = tiny_model(hidden_size=192)
-    with pytest.raises(CheckpointError, match="do not divide into groups of 128"):
+    misfit = "do not divide into groups of 128 .* choose another group size"
+    with pytest.raises(CheckpointError, match=misfit):
         merge_adapter(small, unaligned, tmp_path / "out", format="gptq", progress=False)
     assert not (tmp_path / "out").exists()
+    merge_adapter(small, unaligned, tmp_path / "out", format="gptq", group_size=64, progress=False)
+    written = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert written["group_size"] == 64
+    for format in (None, "bf16"):
+        with pytest.raises(ValueError, match="group_size goes with a 4-bit format that the base"):
+            merge_adapter(small, unaligned, tmp_path / "x", format=format, group_size=64)
 
 
 def changed_config(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:

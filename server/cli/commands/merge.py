@@ -23,6 +23,14 @@ def merge(
         Literal[WrittenFormat, "bf16"] | None,
         typer.Option(help="Layout to write (default: the base's)."),
     ] = None,
+    group_size: Annotated[
+        int | None,
+        typer.Option(
+            help="Inputs that share a scale, with --out [default: the base's, 128, or 64]; -1 for "
+            "all (gptq, awq).",
+            min=-1,
+        ),
+    ] = None,
     weights: Annotated[
         str | None, typer.Option(help="One number for each adapter, such as 0.7,0.3 (default: 1).")
     ] = None,
@@ -64,20 +72,27 @@ def merge(
         require_model(base, aliases)
         if rounding and calibration is not None:
             raise ValueError("--round and --calibration exclude each other")
+        if group_size == 0:
+            raise ValueError("--group-size is 0, expected a positive number or -1")
         require_empty(target)
         from nybble.engine import resolve_device
+        from nybble.loaders.formats import OptionError
         from nybble.server.cli.merge_report import Calibration, merge_and_report
 
-        merge_and_report(
-            base,
-            adapters,
-            target,
-            format=out,
-            weights=None if weights is None else [float(weight) for weight in weights.split(",")],
-            combination=combination,
-            keep_16_bits=keep_16_bits,
-            calibration=None if rounding else Calibration(calibration, samples),
-            text=text,
-            device=resolve_device(device),
-            aliases=aliases,
-        )
+        try:
+            merge_and_report(
+                base,
+                adapters,
+                target,
+                format=out,
+                group_size=group_size,
+                weights=None if weights is None else [float(each) for each in weights.split(",")],
+                combination=combination,
+                keep_16_bits=keep_16_bits,
+                calibration=None if rounding else Calibration(calibration, samples),
+                text=text,
+                device=resolve_device(device),
+                aliases=aliases,
+            )
+        except OptionError as error:
+            raise ValueError(f"--{error.option.replace('_', '-')} {error.reason}") from error

@@ -332,7 +332,9 @@ def test_a_wrong_name_is_found_out_before_anything_heavy_is_imported(
     command: str, tmp_path: Path
 ) -> None:
     (tmp_path / "my-model").mkdir()
+    (tmp_path / "link").symlink_to(gone := tmp_path / "gone")
     names = {
+        f"{tmp_path}/link": f"{tmp_path}/link is a link to {gone}, which does not exist\n",
         f"{tmp_path}/absent": f"model '{tmp_path}/absent': there is no {tmp_path}/absent\n",
         f"{tmp_path}/my-modl": f"my-modl; did you mean {tmp_path}/my-model?\n",
         "dmo": "an alias, or 'demo' would work; did you mean demo?\n",
