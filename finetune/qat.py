@@ -24,6 +24,7 @@ from nybble.finetune.train import (
     batch_loss,
     checkpoint_activations,
     hidden_states,
+    logits_of,
     packs,
     training_mode,
     warm_cosine,
@@ -261,12 +262,11 @@ def batch_divergence(
     with torch.no_grad():
         expected = predicting(teacher)
     found = predicting(model)
-    head, expected_head = model.get_submodule("lm_head"), teacher.get_submodule("lm_head")
 
     def part(rows: Tensor, wanted: Tensor) -> Tensor:
-        target = log_softmax(expected_head(wanted).float(), dim=-1)
+        target = log_softmax(logits_of(teacher, wanted), dim=-1)
         return kl_div(
-            log_softmax(head(rows).float(), dim=-1), target, reduction="sum", log_target=True
+            log_softmax(logits_of(model, rows), dim=-1), target, reduction="sum", log_target=True
         )
 
     total: Tensor = found.new_zeros((), dtype=torch.float32)

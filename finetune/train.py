@@ -490,16 +490,26 @@ def hidden_states(model: PreTrainedModel, batch: Batch, device: torch.device) ->
     return hidden
 
 
+def logits_of(model: PreTrainedModel, hidden: Tensor) -> Tensor:
+    """The float32 logits of rows of :func:`hidden_states`, scaled and capped as the model's."""
+    architecture = architecture_of(model.config)
+    logits: Tensor = model.get_submodule(architecture.head)(hidden).float()
+    if architecture.logits_multiplier != 1.0:
+        logits = logits * architecture.logits_multiplier
+    if (cap := architecture.logits_softcap) is not None:
+        logits = cap * torch.tanh(logits / cap)
+    return logits
+
+
 def batch_loss(model: PreTrainedModel, batch: Batch, device: torch.device) -> Tensor:
     """Sum of −log p over the batch's labelled tokens; logits exist for those only, in parts."""
     hidden = hidden_states(model, batch, device)
     labels = batch.labels[:, 1:].to(device)
     learned = labels != IGNORED
     predicting, labels = hidden[:, :-1][learned], labels[learned]
-    head = model.get_submodule("lm_head")
 
     def part(rows: Tensor, wanted: Tensor) -> Tensor:
-        loss: Tensor = cross_entropy(head(rows).float(), wanted, reduction="sum")
+        loss: Tensor = cross_entropy(logits_of(model, rows), wanted, reduction="sum")
         return loss
 
     total: Tensor = hidden.new_zeros((), dtype=torch.float32)

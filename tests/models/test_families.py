@@ -5,6 +5,7 @@ A family is a row here: what its config has beside the sizes that all rows share
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -20,11 +21,15 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from nybble.engine import AdapterConfig
 from nybble.engine.parts import norm_part
+from nybble.finetune import qat
 from nybble.finetune.data import Batch, Example, to_batch
 from nybble.finetune.lora import LoRASettings, adapter_tensors, add_lora, save_adapter
+from nybble.finetune.qat import fake_quantize_model
 from nybble.finetune.train import batch_loss, checkpoint_activations, packs, training_mode
+from nybble.kernels import PackedWeight
 from nybble.kernels import reference as reference_kernels
 from nybble.loaders import Checkpoint, open_checkpoint
+from nybble.loaders.adapter import load_adapter
 from nybble.models import (
     Attention,
     LatentAttention,
@@ -492,7 +497,8 @@ def has_experts(row: str) -> bool:
 
 
 shown_rows, trained_rows = only(_SHOWN), only(_TRAINED)
-packed_rows = only({*_SHOWN, "gpt_oss", "granite 4 hybrid", "mistral with a window"})
+packed_rows = only({*_SHOWN, "gpt_oss", "granite", "gemma2", "cohere", "falcon_h1"})
+qat_rows = only({"qwen2_moe", "qwen3_next", "granite 4 hybrid mixture"})
 mixture_rows = only(_SHOWN, [row for row in ROWS if has_experts(row)])
 # A family once, and its other variants in `make test-all`.
 quick_rows = pytest.mark.parametrize(
@@ -774,7 +780,6 @@ def test_examples_that_are_trained_together_have_the_losses_that_they_have_alone
     model = load_packed_model(open_checkpoint(folder_of(row)), device=CPU, dtype=torch.float32)
     architecture, generator = architecture_of(model.config), torch.Generator().manual_seed(1)
     texts = [torch.randint(3, 250, (n,), generator=generator).tolist() for n in (40, 9, 30, 21)]
-    training_mode(model)
     with torch.no_grad():
         together, padded = batch_loss(model, batch_of(texts), CPU), batch_of(texts[:1], texts[1:2])
         alone = [model(ids := torch.tensor([text]), labels=ids).loss for text in texts]
@@ -807,6 +812,42 @@ def test_a_kernel_that_passes_adapters_by_is_not_used_in_training(
     assert batch_loss(model, batch, CPU) == expected
 
 
+@qat_rows
+def test_a_model_trained_on_its_grid_is_served_as_it_was_trained(
+    reference: Any,
+    folder_of: Callable[[str], Path],
+    tmp_path: Path,
+    row: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    trained = []
+
+    def remember(model: Any, *args: Any, **options: Any) -> Any:
+        trained.append(model)
+        return fake_quantize_model(model, *args, **options)
+
+    monkeypatch.setattr(qat, "fake_quantize_model", remember)
+    texts = [list(range(3 + n, 30 + 9 * n)) for n in range(4)]
+    examples = [Example(ids, ids) for ids in texts]
+    monkeypatch.setattr(qat, "read_examples", lambda *_, **__: examples)
+    settings = qat.QatSettings(group_size=32, learning_rate=1e-3, steps=2, max_length=64)
+    quantizer = {"settings": settings, "dtype": torch.float32, "progress": False}
+    qat.quantization_aware_train(folder_of(row), tmp_path, tmp_path / "qat", **quantizer)
+    checkpoint = open_checkpoint(tmp_path / "qat")
+    rounded = {name for name, weight in checkpoint.weights() if isinstance(weight, PackedWeight)}
+    quantize_checkpoint(
+        folder_of(row), tmp_path / "gptq", format="gptq", group_size=32, progress=False
+    )
+    plain = open_checkpoint(tmp_path / "gptq").weights()
+    assert rounded == {name for name, weight in plain if isinstance(weight, PackedWeight)}
+    ids = calibration()[:1]
+    with torch.no_grad():
+        found = load_packed_model(checkpoint, device=CPU, dtype=torch.float32)(ids).logits
+        expected = trained[0].train(False)(ids).logits
+    assert (found - expected).norm() < 1e-4 * expected.norm()
+    reference.assert_same_logits(checkpoint)
+
+
 @mixture_rows
 def test_peft_reads_what_is_trained_here(
     reference: Any, folder_of: Callable[[str], Path], tmp_path: Path, row: str
@@ -837,6 +878,23 @@ def test_peft_reads_what_is_trained_here(
     ours, without = adapted_tokens(reference, open_checkpoint(folder), tmp_path / "adapter", ids)
     assert ours == expected
     assert ours != without
+    # As it was written before: by the last parts of names alone.
+    read, path = load_adapter(tmp_path / "adapter", about), tmp_path / "adapter/adapter_config.json"
+    older = json.loads(path.read_text()) | {"target_modules": list(about.linear_leaves)}
+    path.write_text(json.dumps(older | {"target_parameters": None}))
+    before = load_adapter(tmp_path / "adapter", about)
+    assert before.modules.keys() == read.modules.keys() == layers.keys()
+
+
+def test_targets_that_are_not_trained_are_refused_with_those_that_are(
+    folder_of: Callable[[str], Path],
+) -> None:
+    checkpoint = open_checkpoint(folder_of("qwen3_moe"))
+    model = load_packed_model(checkpoint, device=CPU, dtype=torch.float32)
+    says = "experts are not trained here. There are q_proj, k_proj, v_proj, o_proj"
+    for name in ("gate_proj", "proj"):
+        with pytest.raises(ValueError, match=f"'{name}' is not a linear layer .*; {says}"):
+            add_lora(model, LoRASettings(target_modules=("q_proj", name)))
 
 
 @trained_rows
