@@ -441,9 +441,9 @@ class Engine:
         return self._runner.decoder.architecture.vocab
 
     @property
-    def adapter_targets(self) -> tuple[str, ...]:
-        """Names of the linear layers that an adapter can change, as ``target_modules`` has them."""
-        return self._runner.decoder.architecture.linear_leaves
+    def architecture(self) -> Architecture:
+        """What the model is made of."""
+        return self._runner.decoder.architecture
 
     @property
     def hidden_size(self) -> int:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from nybble.loaders.safetensors_file import write_safetensors
-from nybble.models import architecture_of
+from nybble.models import Architecture, architecture_of
 from nybble.quantizers.packed_model import PackedLinear
 
 _PREFIX = "base_model.model."
@@ -75,19 +75,21 @@ class LoRALinear(nn.Module):
 def add_lora(model: PreTrainedModel, settings: LoRASettings) -> dict[str, LoRALinear]:
     """Wrap the target layers of ``model`` in place; returns the new layers by name.
 
-    Raises ValueError if a target name matches no linear layer.
+    Raises ValueError if a target name is of no linear layer that is trained.
     """
-    wanted_names = settings.target_modules
-    targets = {
-        name: model.get_submodule(name)
-        for name in architecture_of(model.config).dense_linears
-        if wanted_names is None or _leaf(name) in wanted_names
-    }
+    wanted_names, architecture = settings.target_modules, architecture_of(model.config)
     for wanted in wanted_names or ():
-        if not any(name.endswith(wanted) for name in targets):
+        if wanted not in architecture.linear_leaves:
+            experts = "; experts are not trained here" if architecture.has_experts else ""
             raise ValueError(
                 f"target module {wanted!r} is not a linear layer which every token passes"
+                f"{experts}. There are {', '.join(architecture.linear_leaves)}"
             )
+    targets = {
+        name: model.get_submodule(name)
+        for name in architecture.dense_linears
+        if wanted_names is None or _leaf(name) in wanted_names
+    }
     layers = {}
     for name, base in targets.items():
         assert isinstance(base, PackedLinear | nn.Linear), name
@@ -131,19 +133,30 @@ def restore_adapter(layers: Mapping[str, LoRALinear], tensors: Mapping[str, Tens
 
 
 def save_adapter(
-    folder: Path, tensors: Mapping[str, Tensor], settings: LoRASettings, base: str
+    folder: Path,
+    tensors: Mapping[str, Tensor],
+    settings: LoRASettings,
+    base: str,
+    architecture: Architecture,
 ) -> None:
-    """Write ``adapter_config.json`` and ``adapter_model.safetensors`` as PEFT does."""
+    """Write ``adapter_config.json`` and ``adapter_model.safetensors`` as PEFT does.
+
+    base: the name of the base model, of this architecture.
+    """
     folder.mkdir(parents=True, exist_ok=True)
+    names = {name.partition(".lora_")[0].removeprefix(_PREFIX) for name in tensors}
+    parameters = names & architecture.taken_for_experts
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
         "r": settings.rank,
         "lora_alpha": settings.alpha,
-        "lora_dropout": settings.dropout,
+        # peft has none for parameters.
+        "lora_dropout": 0.0 if parameters else settings.dropout,
         "use_rslora": settings.use_rslora,
-        "target_modules": sorted({_leaf(name.partition(".lora_")[0]) for name in tensors}),
+        "target_modules": sorted({_leaf(name) for name in names - parameters}),
+        "target_parameters": sorted(f"{name}.weight" for name in parameters) or None,
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,

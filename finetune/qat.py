@@ -20,7 +20,15 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from nybble.finetune.data import IGNORED, Batch, Example, pack, read_examples, to_batch
-from nybble.finetune.train import batch_loss, checkpoint_activations, warm_cosine
+from nybble.finetune.train import (
+    batch_loss,
+    checkpoint_activations,
+    hidden_states,
+    logits_of,
+    packs,
+    training_mode,
+    warm_cosine,
+)
 from nybble.kernels.progress import Bar
 from nybble.loaders import CheckpointError, open_checkpoint
 from nybble.loaders.experts import open_shards
@@ -112,17 +120,17 @@ class FakeQuantLinear(nn.Module):
 
 
 def fake_quantize_model(
-    model: nn.Module, group_size: int, *, sym: bool = False, bits: int = 4
+    model: PreTrainedModel, group_size: int, *, sym: bool = False, bits: int = 4
 ) -> dict[str, FakeQuantLinear]:
-    """Replace the linear layers within the decoder in place; returns the new ones by name."""
-    linears = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and ".layers." in name
-    }
+    """Replace the decoder's linear layers in place; returns the new ones by name.
+
+    They are those that ``nybble quantize`` rounds: others, such as routers, stay as they are.
+    """
     layers = {}
     written = _exported(group_size, sym, bits)
-    for name, linear in linears.items():
+    for name in architecture_of(model.config).linears:
+        linear = model.get_submodule(name)
+        assert isinstance(linear, nn.Linear), name
         try:
             written.check_sizes(linear.out_features, linear.in_features)
         except ValueError as misfit:
@@ -188,10 +196,12 @@ def quantization_aware_train(
     settings = settings or QatSettings()
     written = _exported(settings.group_size, settings.sym, settings.bits)
     source = open_checkpoint(base)
+    architecture = architecture_of(source.config)
     if source.format != "none":
         raise CheckpointError(f"{base} is quantized already; give the 16-bit checkpoint")
     config = config_to_write(base)
     config["quantization_config"] = dict(written.settings)
+    packing = packs(architecture, None)
     with FolderWriter(out, base, config) as writer:
         tokenizer = load_tokenizer(base)
         examples = read_examples(data, tokenizer, max_length=settings.max_length)
@@ -206,7 +216,7 @@ def quantization_aware_train(
             teacher = load_packed_model(source, device=device, dtype=dtype)
         if settings.gradient_checkpointing:
             checkpoint_activations(model)
-        model.train()
+        training_mode(model)
         parameters = [layer.weight for layer in layers.values()]
         optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=0.0)
         schedule = warm_cosine(optimizer, settings.warmup, settings.steps)
@@ -216,7 +226,9 @@ def quantization_aware_train(
         bar = Bar(range(settings.steps), "Training", unit=" steps", disable=not progress)
         for _ in bar:
             if len(rows) < settings.batch_size:
-                rows += pack(order.sample(examples, len(examples)), settings.max_length)
+                shuffled = order.sample(examples, len(examples))
+                apart = [[example] for example in shuffled]
+                rows += pack(shuffled, settings.max_length) if packing else apart
             batch = to_batch([rows.pop(0) for _ in range(min(settings.batch_size, len(rows)))])
             if teacher is None:
                 loss = batch_loss(model, batch, device) / batch.targets
@@ -229,7 +241,7 @@ def quantization_aware_train(
             optimizer.zero_grad()
             losses.append(loss.item())
             bar.set_postfix(loss=f"{losses[-1]:.3f}", refresh=False)
-        shards = open_shards(base, architecture_of(source.config))
+        shards = open_shards(base, architecture)
         for name in shards.names():
             if name.removesuffix(".weight") not in layers:
                 writer.add({name: shards.read(name)})
@@ -242,23 +254,19 @@ def batch_divergence(
     model: PreTrainedModel, teacher: PreTrainedModel, batch: Batch, device: torch.device
 ) -> Tensor:
     """Sum of KL(teacher ‖ model) over the batch's labelled tokens; logits exist in parts only."""
-    ids, positions = batch.input_ids.to(device), batch.position_ids.to(device)
     learned = batch.labels[:, 1:].to(device) != IGNORED
 
     def predicting(source: PreTrainedModel) -> Tensor:
-        hidden = source.base_model(ids, position_ids=positions, use_cache=False).last_hidden_state
-        rows: Tensor = hidden[:, :-1][learned]
-        return rows
+        return hidden_states(source, batch, device)[:, :-1][learned]
 
     with torch.no_grad():
         expected = predicting(teacher)
     found = predicting(model)
-    head, expected_head = model.get_submodule("lm_head"), teacher.get_submodule("lm_head")
 
     def part(rows: Tensor, wanted: Tensor) -> Tensor:
-        target = log_softmax(expected_head(wanted).float(), dim=-1)
+        target = log_softmax(logits_of(teacher, wanted), dim=-1)
         return kl_div(
-            log_softmax(head(rows).float(), dim=-1), target, reduction="sum", log_target=True
+            log_softmax(logits_of(model, rows), dim=-1), target, reduction="sum", log_target=True
         )
 
     total: Tensor = found.new_zeros((), dtype=torch.float32)

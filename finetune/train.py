@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 import os
 import random
 import resource
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -19,6 +20,7 @@ from torch.nn.functional import cross_entropy
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
+from transformers.masking_utils import create_masks_for_generate
 
 from nybble.finetune.data import IGNORED, Batch, Example, pack, read_examples, to_batch
 from nybble.finetune.identity import base_digest
@@ -34,7 +36,10 @@ from nybble.finetune.lora import (
 from nybble.kernels.progress import Bar
 from nybble.loaders import open_checkpoint
 from nybble.loaders.tokenizer import load_tokenizer
+from nybble.models import Architecture, Mixture, Recurrent, architecture_of
 from nybble.quantizers.packed_model import PackedLinear, load_packed_model, training_dtype
+
+logger = logging.getLogger(__name__)
 
 _ROWS_AT_A_TIME = 256  # tokens whose logits are in memory at once
 CHECKPOINT = "checkpoint.pt"
@@ -48,7 +53,8 @@ class FinetuneSettings:
     lora_plus: λ of LoRA+; 1 is plain LoRA.
     batch_size, accumulation: rows in a forward pass, and such passes in a step. The loss of a step
         is the mean over all its tokens, however they are divided between passes.
-    max_length: tokens in a row. With ``packing`` rows hold as many examples as fit.
+    max_length: tokens in a row.
+    packing: rows hold as many examples as fit. None: if the model keeps them apart.
     max_steps: 0 for as many as ``epochs`` takes.
     warmup: the fraction of the steps in which the rate rises; it then falls along a cosine.
     eval_every: steps between evaluations; 0: ten in a run, or every 25 steps if that is more often.
@@ -66,7 +72,7 @@ class FinetuneSettings:
     batch_size: int = 1
     accumulation: int = 8
     max_length: int = 1024
-    packing: bool = True
+    packing: bool | None = None
     warmup: float = 0.05
     eval_every: int = 0
     eval_fraction: float = 0.05
@@ -141,7 +147,8 @@ def finetune(
 
     Raises DataError for data that cannot be used, CheckpointError for a base that cannot be
     loaded, FileExistsError if ``out`` has content, FileNotFoundError for a resume without a
-    checkpoint, ValueError for a resume with another base, other data or other settings.
+    checkpoint, ValueError for a resume with another base, other data or other settings, and for
+    packing with a model that would mix examples.
     """
     settings = settings or FinetuneSettings()
     saved = out / CHECKPOINT
@@ -150,6 +157,8 @@ def finetune(
     if not resume and out.exists() and any(out.iterdir()):
         raise FileExistsError(f"{out} is not empty; resume, or give another folder")
     source = open_checkpoint(base)
+    packing = packs(architecture_of(source.config), settings.packing)
+    settings = replace(settings, packing=packing)
     tokenizer = load_tokenizer(base)
     examples = read_examples(data, tokenizer, max_length=settings.max_length)
     if eval_data is None:
@@ -256,7 +265,8 @@ class _Run:
                 self.save(out / CHECKPOINT)
             on_step(self._told[-1])
         bar.close()
-        save_adapter(out, self._best, settings.lora, self._base["name"])
+        architecture = architecture_of(self._model.config)
+        save_adapter(out, self._best, settings.lora, self._base["name"], architecture)
         history = [asdict(point) for point in self._history]
         (out / "history.json").write_text(json.dumps(history, indent=1))
         (out / CHECKPOINT).unlink(missing_ok=True)
@@ -299,7 +309,7 @@ class _Run:
             yield from steps[done : done + self.steps - self._step]
 
     def _update(self, batches: Sequence[Batch]) -> float:
-        self._model.train()
+        training_mode(self._model)
         targets = sum(batch.targets for batch in batches)
         total = 0.0
         for batch in batches:
@@ -402,6 +412,47 @@ def warm_cosine(optimizer: torch.optim.Optimizer, warmup: float, steps: int) -> 
     return LambdaLR(optimizer, factor)
 
 
+def packs(architecture: Architecture, wanted: bool | None) -> bool:
+    """Whether a row holds several examples, which must not see each other.
+
+    wanted: None for the best that can be.
+
+    Raises ValueError if it is wanted of a model that would mix them.
+    """
+    if not architecture.recurrents:
+        return wanted is not False
+    if wanted:
+        raise ValueError(
+            f"packing is not supported for {architecture.family}: layers with a state would carry "
+            "one example of a row into the next; leave packing out"
+        )
+    if wanted is None:
+        logger.warning(
+            "each example has a row of its own: layers of %s with a state would carry one example "
+            "of a row into the next",
+            architecture.family,
+        )
+    return False
+
+
+def training_mode(model: PreTrainedModel) -> None:
+    """Put ``model`` in training mode, but for layers that would compute what serving does not.
+
+    Mamba-2 would take its output layer's weight for a kernel that computes all at once, past an
+    adapter on the layer or the rounding of its weight. Routers would choose experts at random.
+    """
+    model.train()
+    architecture = architecture_of(model.config)
+    for index, layer in enumerate(architecture.layers):
+        names = [each.output.module for each in layer.mixers if isinstance(each, Recurrent)]
+        if isinstance(layer.mlp, Mixture):
+            router = layer.mlp.router.module
+            names += [router, router.rpartition(".")[0]]
+        for name in names:
+            # Not its parts: adapters in it have dropout.
+            model.get_submodule(architecture.module(index, name)).training = False
+
+
 def checkpoint_activations(model: PreTrainedModel) -> None:
     """Turn on activation checkpointing: the backward pass recomputes each block."""
     # Newer transformers renamed it and warn about the older name.
@@ -423,18 +474,42 @@ def _peak_bytes(device: torch.device) -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def hidden_states(model: PreTrainedModel, batch: Batch, device: torch.device) -> Tensor:
+    """What the output layer reads, ``(rows, length, hidden)``; examples of a row stay apart."""
+    ids, positions = batch.input_ids.to(device), batch.position_ids.to(device)
+    masks = None
+    architecture = architecture_of(model.config)
+    if not architecture.recurrents:
+        # Not every family of transformers makes its masks from positions (gpt-oss does not).
+        embeddings = model.get_parameter(architecture.embedding + ".weight")
+        of_this_size = embeddings.new_empty(*ids.shape, 0)
+        masks = create_masks_for_generate(model.config, of_this_size, None, None, positions)
+    hidden: Tensor = model.base_model(
+        ids, attention_mask=masks, position_ids=positions, use_cache=False
+    ).last_hidden_state
+    return hidden
+
+
+def logits_of(model: PreTrainedModel, hidden: Tensor) -> Tensor:
+    """The float32 logits of rows of :func:`hidden_states`, scaled and capped as the model's."""
+    architecture = architecture_of(model.config)
+    logits: Tensor = model.get_submodule(architecture.head)(hidden).float()
+    if architecture.logits_multiplier != 1.0:
+        logits = logits * architecture.logits_multiplier
+    if (cap := architecture.logits_softcap) is not None:
+        logits = cap * torch.tanh(logits / cap)
+    return logits
+
+
 def batch_loss(model: PreTrainedModel, batch: Batch, device: torch.device) -> Tensor:
     """Sum of −log p over the batch's labelled tokens; logits exist for those only, in parts."""
-    hidden = model.base_model(
-        batch.input_ids.to(device), position_ids=batch.position_ids.to(device), use_cache=False
-    ).last_hidden_state
+    hidden = hidden_states(model, batch, device)
     labels = batch.labels[:, 1:].to(device)
     learned = labels != IGNORED
     predicting, labels = hidden[:, :-1][learned], labels[learned]
-    head = model.get_submodule("lm_head")
 
     def part(rows: Tensor, wanted: Tensor) -> Tensor:
-        loss: Tensor = cross_entropy(head(rows).float(), wanted, reduction="sum")
+        loss: Tensor = cross_entropy(logits_of(model, rows), wanted, reduction="sum")
         return loss
 
     total: Tensor = hidden.new_zeros((), dtype=torch.float32)

@@ -190,7 +190,12 @@ class AdapterSettings:
                 regex.compile(names)
 
     def selects(self, module: str) -> bool:
-        """Whether PEFT would put an adapter on this linear layer of the decoder."""
+        """Whether PEFT would put an adapter on this linear layer of the decoder.
+
+        Some are named by their parameter, where peft takes a module's name for that of experts.
+        """
+        if self.targeting(module + ".weight"):
+            return True
         if self.exclude_modules and _matches(self.exclude_modules, module):
             return False
         if self.target_modules == "all-linear":

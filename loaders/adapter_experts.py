@@ -139,11 +139,14 @@ def _selected(
             )
             module = name.rpartition(".")[0]
             selected.setdefault(module[module.index("layers.") :], []).append(parameter)
+    for linear in base.dense_linears:
+        used |= settings.targeting(f"{linear}.weight")
     for target in settings.target_parameters:
         if target not in used:
             raise AdapterError(
-                f"{path}: target_parameters has {target!r}, which names no stacked experts of the "
-                "base model; adapters on other parameters are not supported"
+                f"{path}: target_parameters has {target!r}, which names neither stacked experts "
+                "nor a linear layer of the base model; adapters on other parameters are not "
+                "supported"
             )
     return selected
 

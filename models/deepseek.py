@@ -44,7 +44,7 @@ def deepseek_v2(config: PretrainedConfig) -> Architecture:
         groups=read.size(config, "n_group") if grouped else 1,
         topk_groups=read.size(config, "topk_group") if grouped else 1,
     )
-    return _decoder(config, _mlps(config, router), interleaved=True)
+    return _decoder(config, _mlps(config, router), interleaved=True, peft_seeks_experts=True)
 
 
 def deepseek_v3(config: PretrainedConfig) -> Architecture:
@@ -54,6 +54,7 @@ def deepseek_v3(config: PretrainedConfig) -> Architecture:
         config,
         _mlps(config, sigmoid_router(config)),
         interleaved=bool(config.rope_interleave),
+        peft_seeks_experts=True,
         **layers_after(config),
     )
 
@@ -73,6 +74,7 @@ def glm4_moe_lite(config: PretrainedConfig) -> Architecture:
         config,
         [kinds[kind] for kind in config.mlp_layer_types],
         interleaved=bool(config.rope_interleave),
+        peft_seeks_experts=True,
         **layers_after(config),
     )
 

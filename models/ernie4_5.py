@@ -64,7 +64,9 @@ def ernie4_5_moe(config: PretrainedConfig) -> Architecture:
         if shared
         else None,
     )
-    return ernie4_5(config, experts, unused=("model.mtp_",), mtp=_mtp(config))
+    return ernie4_5(
+        config, experts, unused=("model.mtp_",), mtp=_mtp(config), peft_seeks_experts=True
+    )
 
 
 def _dense(config: PretrainedConfig) -> Mlp:

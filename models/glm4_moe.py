@@ -40,6 +40,7 @@ def glm4_moe(config: PretrainedConfig) -> Architecture:
             "output_bias": False,
             "qk_norm": "head" if config.use_qk_norm else None,
         },
+        peft_seeks_experts=True,
         **layers_after(config),
     )
 

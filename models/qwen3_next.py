@@ -80,7 +80,12 @@ def _delta_net(config: PretrainedConfig, *, interleaved: bool) -> GatedDeltaNet:
 
 def qwen3_next(config: PretrainedConfig) -> Architecture:
     """A mixture with a gated shared expert in every ``decoder_sparse_step``-th layer."""
-    return _decoder(config, interleaved=True, mlps=mlps(config, shared=shared_expert(config)))
+    return _decoder(
+        config,
+        interleaved=True,
+        mlps=mlps(config, shared=shared_expert(config)),
+        peft_seeks_experts=True,
+    )
 
 
 def qwen3_5(config: PretrainedConfig) -> Architecture:

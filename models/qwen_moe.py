@@ -69,6 +69,7 @@ def qwen3_moe(config: PretrainedConfig) -> Architecture:
         windows=read.windows(config),
         mlps=mlps(config),
         attention_options={"qk_norm": "head"},
+        peft_seeks_experts=True,
     )
 
 

@@ -89,6 +89,8 @@ class Architecture:
     mtp: such a layer which can draft for the model; None if its checkpoints have none.
     only: if this is a part of a checkpoint, what the names of its tensors begin with; empty for
         all that are not unused.
+    peft_seeks_experts: whether peft takes names of experts' linear layers among an adapter's
+        ``target_modules`` for those of experts alone, even where other layers have them too.
     """
 
     family: str
@@ -110,6 +112,7 @@ class Architecture:
     unused: tuple[str, ...] = ()
     mtp: Mtp | None = None
     only: tuple[str, ...] = ()
+    peft_seeks_experts: bool = False
 
     def module(self, layer: int, name: str) -> str:
         """The absolute name of a layer's module."""
@@ -247,6 +250,20 @@ class Architecture:
             for group in layer.groups
             for linear in group.linears
         }
+
+    @cached_property
+    def taken_for_experts(self) -> frozenset[str]:
+        """Those of ``dense_linears`` that no ``target_modules`` name to peft."""
+        if not self.peft_seeks_experts:
+            return frozenset()
+        of_experts = {
+            linear.leaf
+            for layer in self.layers
+            for group in layer.expert_groups
+            for linear in group.linears
+        }
+        named = self.dense_linears.items()
+        return frozenset(name for name, linear in named if linear.leaf in of_experts)
 
     @cached_property
     def tensors(self) -> frozenset[str]:

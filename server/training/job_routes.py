@@ -6,11 +6,12 @@ import asyncio
 import re
 import secrets
 import time
-from collections.abc import Sequence
 from typing import Any
 
 from aiohttp import web
 
+from nybble.finetune.train import packs
+from nybble.models import Architecture
 from nybble.server.api.parse import read_body
 from nybble.server.api.respond import json_response
 from nybble.server.files.access import Access, Caller
@@ -43,12 +44,12 @@ class JobRoutes:
         access: Access,
         models: tuple[str, ...],
         settings: TrainingSettings,
-        targets: Sequence[str],
+        architecture: Architecture,
     ) -> None:
         """Set the routes' parts.
 
         models: the names of the base model.
-        targets: its linear layers that an adapter can change.
+        architecture: the base model's.
         """
         self._jobs = jobs
         self._files = files
@@ -56,7 +57,7 @@ class JobRoutes:
         self._access = access
         self._models = models
         self._settings = settings
-        self._targets = targets
+        self._architecture = architecture
 
     def routes(self) -> list[web.RouteDef]:
         return [
@@ -98,11 +99,11 @@ class JobRoutes:
                 code="invalid_value",
             )
         for target in body.nybble.target_modules or ():
-            if target not in self._targets:
+            if target not in self._architecture.linear_leaves:
                 raise ApiError(
                     400,
-                    f"target_modules has {target!r}, which is not a linear layer of the model; "
-                    f"its layers are {', '.join(self._targets)}",
+                    f"target_modules has {target!r}, which is not a linear layer of the model that "
+                    f"every token passes; there are {', '.join(self._architecture.linear_leaves)}",
                     param="nybble.target_modules",
                     code="invalid_value",
                 )
@@ -116,6 +117,7 @@ class JobRoutes:
                 retry_after=retry_after.JOBS_UNFINISHED,
             )
         try:
+            packs(self._architecture, body.nybble.packing)
             plan = plan_of(body, examples).stored()
         except ValueError as error:
             raise ApiError(400, str(error), param="nybble", code="invalid_value") from None

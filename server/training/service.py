@@ -63,7 +63,7 @@ class Training:
             self._access,
             models,
             settings,
-            engine.adapter_targets,
+            engine.architecture,
         )
         self.collector = TrainingCollector(self._jobs)
 

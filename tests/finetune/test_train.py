@@ -30,6 +30,7 @@ from nybble.finetune.lora import (
 from nybble.finetune.train import batch_loss, checkpoint_activations
 from nybble.kernels.cpu import build
 from nybble.loaders import open_checkpoint
+from nybble.models import architecture_of
 from nybble.quantizers import GptqSettings, quantize_checkpoint
 from nybble.quantizers.packed_model import PackedLinear, load_packed_model, training_dtype
 
@@ -171,7 +172,13 @@ def test_peft_loads_the_adapter_and_computes_the_same(
     model = model_of(bases[base])
     dense = dense_twin(model, bases["16-bit"])
     layers = randomised(add_lora(model, settings))
-    save_adapter(tmp_path / "a", adapter_tensors(layers), settings, str(bases[base]))
+    save_adapter(
+        tmp_path / "a",
+        adapter_tensors(layers),
+        settings,
+        str(bases[base]),
+        architecture_of(model.config),
+    )
     theirs = peft.PeftModel.from_pretrained(dense, tmp_path / "a")
     tokens = torch.arange(20, 60)[None]
     with torch.no_grad():

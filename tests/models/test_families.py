@@ -5,8 +5,10 @@ A family is a row here: what its config has beside the sizes that all rows share
 
 from __future__ import annotations
 
+import json
 import shutil
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,9 +21,15 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from nybble.engine import AdapterConfig
 from nybble.engine.parts import norm_part
+from nybble.finetune import qat
+from nybble.finetune.data import Batch, Example, to_batch
 from nybble.finetune.lora import LoRASettings, adapter_tensors, add_lora, save_adapter
+from nybble.finetune.qat import fake_quantize_model
+from nybble.finetune.train import batch_loss, checkpoint_activations, packs, training_mode
+from nybble.kernels import PackedWeight
 from nybble.kernels import reference as reference_kernels
 from nybble.loaders import Checkpoint, open_checkpoint
+from nybble.loaders.adapter import load_adapter
 from nybble.models import (
     Attention,
     LatentAttention,
@@ -475,15 +483,23 @@ _VARIANTS = {
 }
 
 
-def only(shown: set[str]) -> pytest.MarkDecorator:
-    """Rows in `make test`; the others are in `make test-all`."""
+def only(shown: set[str], rows: Iterable[str] = ROWS) -> pytest.MarkDecorator:
+    """Of ``rows`` those in `make test`; the others are in `make test-all`."""
     slow = pytest.mark.slow
     return pytest.mark.parametrize(
-        "row", [row if row in shown else pytest.param(row, marks=slow) for row in ROWS]
+        "row", [row if row in shown else pytest.param(row, marks=slow) for row in rows]
     )
 
 
+def has_experts(row: str) -> bool:
+    family, settings = ROWS[row]
+    return architecture_of(AutoConfig.for_model(family, **SIZES | settings)).has_experts
+
+
 shown_rows, trained_rows = only(_SHOWN), only(_TRAINED)
+packed_rows = only({*_SHOWN, "gpt_oss", "granite", "gemma2", "cohere", "falcon_h1"})
+qat_rows = only({"qwen2_moe", "qwen3_next", "granite 4 hybrid mixture"})
+mixture_rows = only(_SHOWN, [row for row in ROWS if has_experts(row)])
 # A family once, and its other variants in `make test-all`.
 quick_rows = pytest.mark.parametrize(
     "row",
@@ -752,6 +768,135 @@ def test_an_adapter_trained_by_peft_gives_its_outputs(
     assert found != without
 
 
+def batch_of(*rows: list[list[int]]) -> Batch:
+    """Rows of texts, which have a loss on every token."""
+    return to_batch([[Example(ids, ids) for ids in row] for row in rows])
+
+
+@packed_rows
+def test_examples_that_are_trained_together_have_the_losses_that_they_have_alone(
+    folder_of: Callable[[str], Path], row: str
+) -> None:
+    model = load_packed_model(open_checkpoint(folder_of(row)), device=CPU, dtype=torch.float32)
+    architecture, generator = architecture_of(model.config), torch.Generator().manual_seed(1)
+    texts = [torch.randint(3, 250, (n,), generator=generator).tolist() for n in (40, 9, 30, 21)]
+    with torch.no_grad():
+        together, padded = batch_loss(model, batch_of(texts), CPU), batch_of(texts[:1], texts[1:2])
+        alone = [model(ids := torch.tensor([text]), labels=ids).loss for text in texts]
+        alone = [loss * (len(text) - 1) for loss, text in zip(alone, texts, strict=True)]
+        torch.testing.assert_close(batch_loss(model, padded, CPU), sum(alone[:2]))
+    apart = abs(float(together) / float(sum(alone)) - 1) < 1e-5
+    assert packs(architecture, None) is apart
+    assert not packs(architecture, False)
+    if not apart:
+        with pytest.raises(ValueError, match=f"not supported for {architecture.family}"):
+            packs(architecture, True)
+
+
+@pytest.mark.parametrize("row", ["granite 4 hybrid", "bamba", "falcon_h1", "nemotron_h"])
+def test_a_kernel_that_passes_adapters_by_is_not_used_in_training(
+    folder_of: Callable[[str], Path], row: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers takes one for a whole state space in training mode, if mamba_ssm is there."""
+    model = load_packed_model(open_checkpoint(folder_of(row)), device=CPU, dtype=torch.float32)
+    (code,) = {type(each).__module__ for each in model.modules() if hasattr(each, "A_log")}
+    kernel = "mamba2_split_conv1d_scan_combined"
+
+    def fused(projected: torch.Tensor, *_: Any, **options: Any) -> torch.Tensor:
+        return projected.new_zeros(*projected.shape[:2], len(options["outproj_weight"]))
+
+    monkeypatch.setattr(sys.modules[code], kernel, fused)
+    batch = batch_of([list(range(5, 40))])
+    expected = batch_loss(model, batch, CPU)
+    training_mode(model)
+    assert batch_loss(model, batch, CPU) == expected
+
+
+@qat_rows
+def test_a_model_trained_on_its_grid_is_served_as_it_was_trained(
+    reference: Any,
+    folder_of: Callable[[str], Path],
+    tmp_path: Path,
+    row: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    trained = []
+
+    def remember(model: Any, *args: Any, **options: Any) -> Any:
+        trained.append(model)
+        return fake_quantize_model(model, *args, **options)
+
+    monkeypatch.setattr(qat, "fake_quantize_model", remember)
+    texts = [list(range(3 + n, 30 + 9 * n)) for n in range(4)]
+    examples = [Example(ids, ids) for ids in texts]
+    monkeypatch.setattr(qat, "read_examples", lambda *_, **__: examples)
+    settings = qat.QatSettings(group_size=32, learning_rate=1e-3, steps=2, max_length=64)
+    quantizer = {"settings": settings, "dtype": torch.float32, "progress": False}
+    qat.quantization_aware_train(folder_of(row), tmp_path, tmp_path / "qat", **quantizer)
+    checkpoint = open_checkpoint(tmp_path / "qat")
+    rounded = {name for name, weight in checkpoint.weights() if isinstance(weight, PackedWeight)}
+    quantize_checkpoint(
+        folder_of(row), tmp_path / "gptq", format="gptq", group_size=32, progress=False
+    )
+    plain = open_checkpoint(tmp_path / "gptq").weights()
+    assert rounded == {name for name, weight in plain if isinstance(weight, PackedWeight)}
+    ids = calibration()[:1]
+    with torch.no_grad():
+        found = load_packed_model(checkpoint, device=CPU, dtype=torch.float32)(ids).logits
+        expected = trained[0].train(False)(ids).logits
+    assert (found - expected).norm() < 1e-4 * expected.norm()
+    reference.assert_same_logits(checkpoint)
+
+
+@mixture_rows
+def test_peft_reads_what_is_trained_here(
+    reference: Any, folder_of: Callable[[str], Path], tmp_path: Path, row: str
+) -> None:
+    from peft import PeftModel
+
+    folder = folder_of(row)
+    model = load_packed_model(open_checkpoint(folder), device=CPU, dtype=torch.float32)
+    about, settings = architecture_of(model.config), LoRASettings(rank=4, alpha=8, dropout=0.1)
+    torch.manual_seed(0)
+    layers = add_lora(model, settings)
+    for layer in layers.values():
+        nn.init.normal_(layer.lora_B, std=0.1)
+    tensors = adapter_tensors(layers)
+    save_adapter(tmp_path / "adapter", tensors, settings, str(folder), about)
+    base = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
+    )
+    theirs = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+    found = {
+        name.replace(".default", ""): tensor
+        for name, tensor in theirs.state_dict().items()
+        if "lora_" in name
+    }
+    assert found.keys() == tensors.keys()
+    assert all(torch.equal(found[name], tensors[name]) for name in tensors)
+    ((ids, expected),) = reference.greedy(theirs, (40,), 32)
+    ours, without = adapted_tokens(reference, open_checkpoint(folder), tmp_path / "adapter", ids)
+    assert ours == expected
+    assert ours != without
+    # As it was written before: by the last parts of names alone.
+    read, path = load_adapter(tmp_path / "adapter", about), tmp_path / "adapter/adapter_config.json"
+    older = json.loads(path.read_text()) | {"target_modules": list(about.linear_leaves)}
+    path.write_text(json.dumps(older | {"target_parameters": None}))
+    before = load_adapter(tmp_path / "adapter", about)
+    assert before.modules.keys() == read.modules.keys() == layers.keys()
+
+
+def test_targets_that_are_not_trained_are_refused_with_those_that_are(
+    folder_of: Callable[[str], Path],
+) -> None:
+    checkpoint = open_checkpoint(folder_of("qwen3_moe"))
+    model = load_packed_model(checkpoint, device=CPU, dtype=torch.float32)
+    says = "experts are not trained here. There are q_proj, k_proj, v_proj, o_proj"
+    for name in ("gate_proj", "proj"):
+        with pytest.raises(ValueError, match=f"'{name}' is not a linear layer .*; {says}"):
+            add_lora(model, LoRASettings(target_modules=("q_proj", name)))
+
+
 @trained_rows
 def test_fine_tuning_a_4_bit_base_learns_what_the_engine_then_says(
     reference: Any, folder_of: Callable[[str], Path], tmp_path: Path, row: str
@@ -762,17 +907,20 @@ def test_fine_tuning_a_4_bit_base_learns_what_the_engine_then_says(
     checkpoint = open_checkpoint(tmp_path / "nf4")
     model = load_packed_model(checkpoint, device=CPU, dtype=torch.float32)
     torch.manual_seed(0)
-    settings = LoRASettings(rank=8, alpha=8)
+    settings, about = LoRASettings(rank=8, alpha=8), architecture_of(model.config)
     layers = add_lora(model, settings)
+    checkpoint_activations(model)
     text = torch.randint(3, 250, (1, 48), generator=torch.Generator().manual_seed(1))
+    batch = batch_of([text[0].tolist()])
     trained = [p for layer in layers.values() for p in (layer.lora_A, layer.lora_B)]
     optimizer = torch.optim.Adam(trained, lr=0.01)
+    training_mode(model)
     for _ in range(60):
-        loss = model(input_ids=text, labels=text).loss
+        loss = batch_loss(model, batch, CPU) / batch.targets
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    save_adapter(tmp_path / "adapter", adapter_tensors(layers), settings, "base")
+    save_adapter(tmp_path / "adapter", adapter_tensors(layers), settings, "base", about)
     ids, follows = text[0, :16].tolist(), text[0, 16:].tolist()
     found, without = adapted_tokens(reference, checkpoint, tmp_path / "adapter", ids)
     assert found == follows

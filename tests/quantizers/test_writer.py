@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 
 from nybble.finetune.lora import LoRASettings, save_adapter
 from nybble.loaders import open_checkpoint, safetensors_file, save_packed
+from nybble.models import architecture_of
 from nybble.quantizers import quantize_checkpoint, writer
 
 
@@ -51,8 +52,9 @@ def test_a_file_that_cannot_be_written_whole_is_not_there(
     """What has a config would be taken for an adapter."""
     monkeypatch.setattr(safetensors_file, "save_file", half_of_it)
     tensors = {"model.layers.0.mlp.up_proj.lora_A.weight": torch.zeros(1)}
+    about = architecture_of(open_checkpoint(tiny_model()).config)
     with pytest.raises(OSError, match=r"adapter_model.safetensors cannot be written: No space"):
-        save_adapter(tmp_path / "adapter", tensors, LoRASettings(), "base")
+        save_adapter(tmp_path / "adapter", tensors, LoRASettings(), "base", about)
     assert list((tmp_path / "adapter").iterdir()) == []
     with pytest.raises(OSError, match="No space"):
         save_packed(open_checkpoint(tiny_model()), tmp_path / "p", layout="rows", progress=False)

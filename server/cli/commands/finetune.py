@@ -41,7 +41,13 @@ def finetune(
     batch_size: Annotated[int, _training(min=1)] = 1,
     accumulation: Annotated[int, _training(min=1)] = 8,
     max_length: Annotated[int, _training(min=2)] = 1024,
-    packing: Annotated[bool, _training(help="Several examples to a row.")] = True,
+    packing: Annotated[
+        bool | None,
+        _training(
+            "--packing/--no-packing",
+            help="Several examples to a row (default: if the model keeps them apart).",
+        ),
+    ] = None,
     warmup: Annotated[
         float, _training(help="Part of the steps in which the rate rises.", min=0, max=1)
     ] = 0.05,
