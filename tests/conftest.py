@@ -59,11 +59,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Jobs come first: they wait longest, and alone at the end they would keep a processor idle.
-
-    A slow test may take an hour; pyproject.toml says how long the others may.
-    """
-    items.sort(key=lambda item: item.path.name != "test_jobs.py")
+    """A slow test may take an hour; pyproject.toml says how long the others may."""
     for item in items:
         if item.get_closest_marker("slow"):
             item.add_marker(pytest.mark.timeout(3600))
