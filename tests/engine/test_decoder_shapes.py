@@ -21,10 +21,26 @@ CONFIG = EngineConfig(dtype=torch.bfloat16, kv_cache_bytes=1 << 20)
 @pytest.mark.parametrize(
     ("setting", "value", "named"),
     [
-        ("vocab_size", 400, "model.embed_tokens.weight has shape (320, 128)"),
-        ("num_key_value_heads", 4, "self_attn.k_proj.weight has shape (64, 128)"),
-        ("intermediate_size", 512, "mlp.down_proj.weight has shape (128, 256)"),
-        ("hidden_size", 256, "mlp.down_proj.weight has shape (128, 256)"),
+        (
+            "vocab_size",
+            400,
+            "model.embed_tokens.weight has shape (320, 128), config.json says (400, 128)",
+        ),
+        (
+            "num_key_value_heads",
+            4,
+            "self_attn.k_proj.weight has shape (64, 128), config.json says (128, 128)",
+        ),
+        (
+            "intermediate_size",
+            512,
+            "mlp.down_proj.weight has shape (128, 256), config.json says (128, 512)",
+        ),
+        (
+            "hidden_size",
+            256,
+            "mlp.down_proj.weight has shape (128, 256), config.json says (256, 256)",
+        ),
     ],
 )
 def test_a_config_that_contradicts_the_tensors_is_refused(

@@ -38,14 +38,18 @@ def test_a_file_is_uploaded_listed_read_back_and_deleted(site: Site) -> None:
 
 
 def test_lists_page_from_the_newest(site: Site) -> None:
+    before = [file.id for file in site.other.files.list()]  # of other tests
     files = [upload(site.other, chat_lines(1), f"{index}") for index in range(3)]
     page = site.other.files.list(limit=2)
     assert [file.id for file in page.data] == [files[2].id, files[1].id]
     assert page.has_more
-    assert [file.id for file in site.other.files.list(after=files[1].id).data] == [files[0].id]
-    oldest = site.other.files.list(order="asc", purpose="fine-tune").data
-    assert [file.id for file in oldest] == [file.id for file in files]
-    assert not site.other.files.list(purpose="fine-tune-results").data
+    rest = site.other.files.list(after=files[1].id).data
+    assert [file.id for file in rest] == [files[0].id, *before]
+    oldest = [file.id for file in site.other.files.list(order="asc", purpose="fine-tune").data]
+    assert oldest[-3:] == [file.id for file in files]
+    assert set(oldest[:-3]) <= set(before)
+    results = site.other.files.list(purpose="fine-tune-results").data
+    assert {file.id for file in results} <= set(before)
     for wrong in ({"limit": 0}, {"limit": "9" * 4400}, {"order": "random"}):
         with pytest.raises(openai.BadRequestError, match="expected"):
             site.other.files.list(**wrong)  # type: ignore[arg-type]
