@@ -125,7 +125,7 @@ def test_a_hundred_adapters_go_through_eight_slots_under_random_traffic(
         infos = engine.adapters()
         assert sum(info.residency == "device" for info in infos) == 8
         assert sum(info.residency == "host" for info in infos) <= 20
-        assert sum(info.hits for info in infos) > 120
+        assert sum(info.hits for info in infos) > 125
         stats = engine.stats()
         assert stats.kv_blocks_free == stats.kv_blocks_total
     finally:
