@@ -7,6 +7,7 @@ rank 0's process ends, however that one ends.
 
 from __future__ import annotations
 
+import gc
 import logging
 import multiprocessing
 import os
@@ -158,6 +159,9 @@ class Rank:
 
     def warm_up(self) -> None:
         self._runner.warm_up(lambda *_: None)
+        # What is there now stays: to look through it for garbage would hold up all ranks.
+        gc.collect()
+        gc.freeze()
 
     def capture(self, sizes: Sequence[int]) -> None:
         """Capture decode steps of these sizes alone."""

@@ -1,5 +1,6 @@
 """Fixtures that every folder of tests may use."""
 
+import functools
 import gc
 import importlib.util
 import os
@@ -28,13 +29,16 @@ os.environ["OMP_WAIT_POLICY"] = "passive"
 # for them.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+# To import and collect makes no garbage to speak of, and to look for it takes a third of the time.
+gc.disable()
 
 
+@functools.cache
 def _module(name: str) -> ModuleType:
     """A module beside this file, loaded by path.
 
     With `tests/` on sys.path, `tests/kernels` would answer `import kernels`, which transformers and
-    bitsandbytes try.
+    bitsandbytes try. Loaded at first use: the process that only hands out tests needs none.
     """
     path = Path(__file__).with_name(f"{name}.py")
     spec = importlib.util.spec_from_file_location(f"nybble_tests_{name}", path)
@@ -43,9 +47,6 @@ def _module(name: str) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
-
-
-_tiny, _interpreter = _module("tiny"), _module("interpreter")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -94,17 +95,17 @@ def products_are_as_of_tensor_cores() -> Iterator[None]:
     builder.create_dot = given
 
 
-@pytest.fixture(scope="session", autouse=True)
-def imports_are_no_garbage() -> None:
-    """A full collection, which some tests ask for, need not look through them: half a second."""
+def pytest_collection_finish() -> None:
+    """From here on there is garbage; what was imported is none, and is not looked through again."""
     gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session", autouse=True)
 def interpreter_does_nothing_in_vain() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         if interpreter := sys.modules.get("triton.runtime.interpreter"):
-            _interpreter.spare(interpreter, patch)
+            _module("interpreter").spare(interpreter, patch)
         yield
 
 
@@ -151,7 +152,9 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     def build(**options: object) -> Path:
         key = tuple(sorted(options.items()))
         if key not in built:
-            built[key] = _tiny.write_tiny_model(tmp_path_factory.mktemp("tiny"), **options)
+            built[key] = _module("tiny").write_tiny_model(
+                tmp_path_factory.mktemp("tiny"), **options
+            )
         return built[key]
 
     return build
@@ -172,7 +175,7 @@ def tiny_adapter(
         key = repr((family, tied, sorted(options.items())))
         if key not in built:
             model = tiny_model(family=family, tie_word_embeddings=tied)
-            built[key] = _tiny.write_tiny_adapter(
+            built[key] = _module("tiny").write_tiny_adapter(
                 tmp_path_factory.mktemp("adapter"), model, **options
             )
         return built[key]
@@ -195,7 +198,7 @@ def tiny_token_adapter(
         key = repr((tied, sorted(options.items())))
         if key not in built:
             model = tiny_model(tie_word_embeddings=tied)
-            built[key] = _tiny.write_tiny_token_adapter(
+            built[key] = _module("tiny").write_tiny_token_adapter(
                 tmp_path_factory.mktemp("adapter"), model, **options
             )
         return built[key]
@@ -209,13 +212,13 @@ def tiny_eagle3() -> Callable[..., Path]:
 
     See ``write_tiny_eagle3``.
     """
-    return _tiny.write_tiny_eagle3  # type: ignore[no-any-return]
+    return _module("tiny").write_tiny_eagle3  # type: ignore[no-any-return]
 
 
 @pytest.fixture(scope="session")
 def tiny_mtp() -> ModuleType:
     """tests/tiny.py, for ``write_tiny_mtp`` and ``store_tiny_mtp``."""
-    return _tiny
+    return _module("tiny")
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import sys
 from collections.abc import Mapping
@@ -78,6 +79,10 @@ async def _load_and_serve(
     async with load_behind(sock, settings.tls, startup, load) as (engine, folder):
         settings = replace(settings, model_folder=folder)
         origin = _origin(sock, settings)
+        # What is there now stays. To look through all of it for garbage, again and again, would hold
+        # up every stream each time.
+        gc.collect()
+        gc.freeze()
         await serve(
             engine,
             sock,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -12,7 +11,6 @@ from typing import Any
 import pytest
 
 from nybble.loaders.templates import TemplateFailedError, TemplateRefusedError, TemplateRenderer
-from nybble.loaders.templates.worker import CPU_SECONDS
 
 MESSAGES: list[dict[str, Any]] = [{"role": "user", "content": "hello {{ 7 * 7 }}"}]
 
@@ -96,31 +94,35 @@ def test_no_template_reaches_python(
 LOOP = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
 
 
+MUCH_MEMORY = "needs more than 512 MiB"
+
+
 @pytest.mark.parametrize(
-    "template",
+    ("template", "reason"),
     [
-        LOOP,
-        "{{ 9 ** (9 ** 9) }}",
-        "{{ 'x' * 10 ** 12 }}",
-        "{{ '%999999999999d' % 1 }}",
-        "{{ '{:>99999999999}'.format(1) }}",
-        "{{ 'x' | center(10 ** 11) }}",
-        "{{ messages | tojson(indent=10 ** 10) }}",
-        "{% set n = namespace(x='x') %}"
-        "{% for i in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
-        "{% for i in range(99999) %}{{ 'x' * 9999 }}{% endfor %}",
-        "{{ 'x' * 10 ** 8 }}",
-        "{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}",
-        "{{ range(10 ** 9) | list }}",
+        (LOOP, "takes too long"),
+        ("{{ 9 ** (9 ** 9) }}", "takes too long"),
+        ("{{ 'x' * 10 ** 12 }}", MUCH_MEMORY),
+        ("{{ '%999999999999d' % 1 }}", MUCH_MEMORY),
+        ("{{ '{:>99999999999}'.format(1) }}", MUCH_MEMORY),
+        ("{{ 'x' | center(10 ** 11) }}", MUCH_MEMORY),
+        ("{{ messages | tojson(indent=10 ** 10) }}", MUCH_MEMORY),
+        (
+            "{% set n = namespace(x='x') %}"
+            "{% for i in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
+            MUCH_MEMORY,
+        ),
+        ("{% for i in range(99999) %}{{ 'x' * 9999 }}{% endfor %}", MUCH_MEMORY),
+        ("{{ 'x' * 10 ** 8 }}", MUCH_MEMORY),
+        ("{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}", "recursion"),
+        ("{{ range(10 ** 9) | list }}", "Range too big"),
     ],
 )
 def test_no_template_hangs_or_fills_the_memory_and_the_next_one_works(
-    renderer: TemplateRenderer, template: str
+    renderer: TemplateRenderer, template: str, reason: str
 ) -> None:
-    started = os.times()
-    with pytest.raises((TemplateRefusedError, TemplateFailedError)):
+    with pytest.raises((TemplateRefusedError, TemplateFailedError), match=reason):
         render(renderer, template)
-    assert os.times().children_user - started.children_user < 2 * CPU_SECONDS
     assert render(renderer, "fine") == "fine"
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 from nybble.server.cli.errors import end_at_once, expected_errors, interruptible, on_stderr
 from nybble.server.cli.model_path import require_named
 from nybble.server.cli.options_command import takes
@@ -31,8 +33,11 @@ def serve(options: ServeOptions) -> None:
         network = options.network
         tls_context(network.ssl_certfile, network.ssl_keyfile)
         sock = bind_unix(network.uds) if network.uds else bind(network.host, network.port)
+        gc.disable()  # to look for garbage takes a sixth of what follows, and there is none
         from nybble.engine import EngineFailedError
         from nybble.server.lifecycle.launch import launch
+
+        gc.enable()
 
         code = 0
         try:
