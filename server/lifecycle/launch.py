@@ -79,8 +79,8 @@ async def _load_and_serve(
     async with load_behind(sock, settings.tls, startup, load) as (engine, folder):
         settings = replace(settings, model_folder=folder)
         origin = _origin(sock, settings)
-        # What is there now stays. To look through all of it for garbage, again and again, would hold
-        # up every stream each time.
+        # What is there now stays. To look through all of it for garbage, again and again, would
+        # hold up every stream each time.
         gc.collect()
         gc.freeze()
         await serve(

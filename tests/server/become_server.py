@@ -7,8 +7,10 @@ its standard error.
 from __future__ import annotations
 
 import os
+import runpy
 import sys
 from multiprocessing.connection import Connection
+from pathlib import Path
 
 from nybble.server.cli.main import main
 
@@ -19,4 +21,5 @@ errors.close()
 os.environ.clear()
 os.environ.update(environment)
 sys.argv = ["nybble", *arguments]
+runpy.run_path(str(Path(__file__).with_name("forked_template_worker.py")))["use"]()
 main()

@@ -18,7 +18,13 @@ BECOME_SERVER = Path(__file__).with_name("become_server.py")
 BECOME_HUNG_SERVER = Path(__file__).with_name("become_hung_server.py")
 BECOME_KILLED_SERVER = Path(__file__).with_name("become_killed_server.py")
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["nybble.server.cli.main", "nybble.server.lifecycle.serve"])
+_CONTEXT.set_forkserver_preload(
+    [
+        "nybble.server.cli.main",
+        "nybble.server.lifecycle.launch",
+        "transformers.utils.chat_template_utils",
+    ]
+)
 
 
 class ForkedServer:
