@@ -54,7 +54,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
     Tests that say how many they try always try as many.
     """
-    settings.register_profile("quick", max_examples=30)
+    settings.register_profile("quick", max_examples=20)
     if config.getoption("markexpr") == "not slow":
         settings.load_profile("quick")
 
@@ -106,6 +106,27 @@ def interpreter_does_nothing_in_vain() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         if interpreter := sys.modules.get("triton.runtime.interpreter"):
             _module("interpreter").spare(interpreter, patch)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def the_standard_library_is_read_and_tokenized_once() -> Iterator[None]:
+    """All of it is, wherever a test calibrates or evaluates with the text that there is."""
+    with pytest.MonkeyPatch.context() as patch:
+        if corpus := sys.modules.get("nybble.quantizers.corpus"):
+            tokenized: dict[tuple[str, str], Any] = {}
+            given = corpus.token_ids
+
+            def token_ids(tokenizer: Any, text: str) -> Any:
+                key = tokenizer.backend_tokenizer.to_str(), text
+                if key not in tokenized:
+                    tokenized[key] = given(tokenizer, text)
+                return tokenized[key]
+
+            patch.setattr(corpus, "token_ids", token_ids)
+            patch.setattr(
+                corpus, "standard_library_text", functools.cache(corpus.standard_library_text)
+            )
         yield
 
 

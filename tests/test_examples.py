@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import signal
 import stat
 import subprocess
 import sys
@@ -13,6 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+from .server.forked import ForkedServer
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 NYBBLE = "from nybble.server.cli.main import main; main()"
@@ -55,23 +56,16 @@ def test_adapters(tiny_model: Callable[..., Path], tiny_adapter: Callable[..., P
 
 
 def test_openai_client(tiny_model: Callable[..., Path]) -> None:
-    server = subprocess.Popen(
-        [
-            *(sys.executable, "-P", "-c", NYBBLE, "serve", "--model", str(tiny_model())),
-            *("--port", "0", "--kv-cache-memory", "16MiB"),
-        ],
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    arguments = ["serve", "--model", str(tiny_model()), "--port", "0"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    server = ForkedServer([*arguments, "--kv-cache-memory", "16MiB"], environment)
     try:
-        assert server.stderr is not None
         lines = iter(server.stderr.readline, "")
         url = next(match[0] for line in lines if (match := re.search(r"http://\S+/v1$", line)))
         said = example("openai_client.py", url)
     finally:
-        server.send_signal(signal.SIGKILL)
-        server.communicate()
+        server.kill()
+        server.wait()
     # What a random model says within the grammar may have line breaks, and may be cut off.
     assert re.search(r'^\{\s*"name"\s*:', said, re.MULTILINE)
     assert said.splitlines()[-1] == "2 vectors of 128 numbers"

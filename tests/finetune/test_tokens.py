@@ -81,9 +81,7 @@ def turns_learned(example: Example) -> list[tuple[list[int], list[int]]]:
 
 @pytest.mark.parametrize("template", TEMPLATES)
 @pytest.mark.parametrize("name", TOKENIZERS)
-@settings(
-    suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=40, deadline=None
-)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(texts=st.lists(WORDS, min_size=2, max_size=6), thinks=st.booleans())
 def test_every_answer_follows_the_prompt_that_serving_has(
     tmp_path: Path, name: str, template: str, texts: list[str], thinks: bool

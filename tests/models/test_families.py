@@ -472,8 +472,9 @@ _SHOWN = {
     "lfm2",
     "qwen3_next",
 }
-# Of these, what is also trained there.
-_TRAINED = {"llama with biases", "granite 4 hybrid mixture", "qwen3_next"}
+# Of these, what also generates long answers there, and what is trained.
+_GENERATING = {"gemma3", "granite 4 hybrid mixture", "deepseek_v3"}
+_TRAINED = {"llama with biases", "granite 4 hybrid mixture"}
 # Variants of which the logits are compared there: of what no other row computes.
 _VARIANTS = {
     "llama with biases",
@@ -496,7 +497,7 @@ def has_experts(row: str) -> bool:
     return architecture_of(AutoConfig.for_model(family, **SIZES | settings)).has_experts
 
 
-shown_rows, trained_rows = only(_SHOWN), only(_TRAINED)
+shown_rows, generating_rows, trained_rows = only(_SHOWN), only(_GENERATING), only(_TRAINED)
 packed_rows = only({*_SHOWN, "gpt_oss", "granite", "gemma2", "cohere", "falcon_h1"})
 qat_rows = only({"qwen2_moe", "qwen3_next", "granite 4 hybrid mixture"})
 mixture_rows = only(_SHOWN, [row for row in ROWS if has_experts(row)])
@@ -633,7 +634,7 @@ def test_logits_equal_transformers(
     reference.assert_same_logits(open_checkpoint(folder_of(row)))
 
 
-@shown_rows
+@generating_rows
 def test_64_greedy_tokens_equal_transformers_alone_and_in_company(
     reference: Any, folder_of: Callable[[str], Path], row: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -688,7 +689,7 @@ def test_norms_in_bfloat16_round_as_those_of_transformers(row: str) -> None:
 
 
 @shown_rows
-@pytest.mark.parametrize("format", ["gptq", "awq", "nf4"])
+@pytest.mark.parametrize("format", ["gptq", pytest.param("awq", marks=pytest.mark.slow), "nf4"])
 def test_4_bit_forms_are_written_and_give_the_logits_of_their_dequantized_weights(
     reference: Any, folder_of: Callable[[str], Path], tmp_path: Path, row: str, format: Any
 ) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import pytest
 from nybble.server.batches.offline import read_requests
 
 from ..client import CHAT, COMPLETIONS
-from ..conftest import COMMAND, MODEL
+from ..conftest import MODEL
 from ..forked import ForkedServer
 
 
@@ -38,11 +37,10 @@ def test_a_file_is_answered_and_a_second_run_adds_what_is_missing(
         request("vector", "/v1/embeddings", model=MODEL, input="a text"),
     ]
     source.write_text("\n".join(map(json.dumps, lines)))
-    command = [*COMMAND, *batch(tiny_model(), source, output)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    first = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert (first.returncode, first.stdout) == (1, "")  # one request is wrong
-    assert f"{output}: 8 answered, 1 failed" in first.stderr
+    first = ForkedServer(batch(tiny_model(), source, output), environment)
+    assert f"{output}: 8 answered, 1 failed" in first.stderr.read()
+    assert first.wait(60) == 1  # one request is wrong
     results = {line["custom_id"]: line for line in map(json.loads, output.open())}
     assert set(results) == {line["custom_id"] for line in lines}
     statuses = {id: line["response"]["status_code"] for id, line in results.items()}
