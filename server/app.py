@@ -15,9 +15,10 @@ from aiohttp.typedefs import Middleware
 
 from nybble.engine import Engine
 from nybble.loaders.templates import TemplateRenderer
-from nybble.server.adapters.admin import ADMIN_PATHS, AdapterAdmin
+from nybble.server.adapters.admin import AdapterAdmin
 from nybble.server.adapters.disk_cache import AdapterDiskCache
 from nybble.server.adapters.owners import AdapterOwners
+from nybble.server.adapters.paths import ADMIN_PATHS
 from nybble.server.adapters.resolver import AdapterResolver
 from nybble.server.adapters.state import AdapterState
 from nybble.server.api.model_names import ModelNames

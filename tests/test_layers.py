@@ -76,6 +76,14 @@ def test_a_server_starts_without_the_code_of_transformers_models(
     assert not heavy & imported_after[2]
 
 
+def test_what_only_starts_servers_and_leads_to_them_imports_no_pytorch() -> None:
+    code = (
+        "import sys, nybble.server.replicas.one, nybble.server.replicas.supervise\n"
+        "assert not {'torch', 'transformers', 'nybble.engine'} & set(sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-P", "-c", code], check=True)
+
+
 def test_without_an_endpoint_for_traces_nothing_of_opentelemetry_is_imported(
     imported_after: list[set[str]],
 ) -> None:

@@ -25,6 +25,7 @@ from nybble.server.adapters.archive import WEIGHTS as ADAPTER_WEIGHTS
 from nybble.server.adapters.archive import ArchiveError
 from nybble.server.adapters.form import AdapterForm, read_adapter_form
 from nybble.server.adapters.names import require_name
+from nybble.server.adapters.paths import ADMIN_PATHS
 from nybble.server.adapters.resolver import AdapterResolver
 from nybble.server.adapters.state import AdapterState
 from nybble.server.adapters.uploads import AdapterUploads
@@ -42,15 +43,6 @@ from nybble.server.tenancy.keys import Keys
 
 logger = logging.getLogger(__name__)
 
-ADMIN_PATHS = (
-    "/v1/load_lora_adapter",
-    "/v1/unload_lora_adapter",
-    "/v1/lora_adapters",
-    "/v1/lora_adapters/{name}",
-    "/v1/lora_adapters/{name}/versions",
-    "/v1/lora_adapters/{name}/rollback",
-    "/v1/lora_adapters/{name}/prefetch",
-)
 # Earlier uploads that are left on disk, to roll back to.
 _UPLOADS_KEPT = 4
 

@@ -9,7 +9,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from nybble.server.adapters.admin import ADMIN_PATHS
+from nybble.server.adapters.paths import ADMIN_PATHS
 
 # A server takes bodies of 16 MiB, but every connection may hold two buffers of this size.
 _BUFFER_BYTES = 1 << 20
