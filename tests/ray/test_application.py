@@ -67,7 +67,7 @@ class Site:
         post = httpx.post if client is None else client.post
         return post(f"{self.url}/v1/completions", json=body, timeout=120)
 
-    def stream(self, model: str, began: Callable[[], object], tokens: int = 2000) -> str:
+    def stream(self, model: str, began: Callable[[], object], tokens: int) -> str:
         """The body of a streamed answer. Raises httpx.RemoteProtocolError if it breaks.
 
         began: called with each piece.
@@ -146,10 +146,9 @@ class Load:
 
 
 class Streams:
-    """A stream for each of the adapters a0 to a7 at once.
+    """A long stream for each of the adapters a0 to a7 at once.
 
     last: of each that has ended, the data of its last event.
-    at: by server, the adapters whose streams it has.
     """
 
     def __init__(self, site: Site) -> None:
@@ -160,19 +159,19 @@ class Streams:
         self._threads = [
             threading.Thread(target=self._stream, args=(name,)) for name in self._began
         ]
-        had = {address: site.sequences(address) for address in site.servers()}
+        self._had = {address: site.sequences(address) for address in site.servers()}
         for thread in self._threads:
             thread.start()
         for each in self._began.values():
             assert each.wait(60)
-        # An adapter whose server was full has gone to another.
-        self.at = {
-            address: set(site.sequences(address) - before) & set(self._began)
-            for address, before in had.items()
-        }
+
+    def at(self, address: str) -> set[str]:
+        """The adapters whose streams a server has, or has had. One whose server was full has gone
+        to another."""
+        return set(self._site.sequences(address) - self._had[address]) & set(self._began)
 
     def _stream(self, model: str) -> None:
-        text = self._site.stream(model, self._began[model].set)
+        text = self._site.stream(model, self._began[model].set, tokens=4000)
         self.last[model] = text.strip().splitlines()[-1].removeprefix("data: ")
 
     def join(self) -> None:
@@ -196,12 +195,14 @@ def test_adapters_meet_and_a_killed_server_is_replaced(site: Callable[..., Site]
     # A killed server: its streams end with an error, other requests go elsewhere, and Ray starts
     # another.
     with Load(nybble) as load:
+        server = nybble.pid(before[0])
         streams = Streams(nybble)
-        os.kill(nybble.pid(before[0]), signal.SIGKILL)
+        os.kill(server, signal.SIGKILL)
         streams.join()
+        left = streams.at(before[1])
         nybble.until(lambda: len(nybble.servers()) == 2 and nybble.servers() != before)
     assert set(load.statuses) == {200}
-    killed = streams.at[before[0]]
+    killed = set(streams.last) - left
     assert killed
     assert {model for model, last in streams.last.items() if last != "[DONE]"} == killed
     assert {json.loads(streams.last[each])["error"]["code"] for each in killed} == {"engine_failed"}
@@ -217,13 +218,14 @@ def test_a_rolling_update_loses_no_request_and_ends_streams_whole(
     changed = {**servers, "options": {"max-num-seqs": 32}}
     with Load(nybble) as load:
         streams = Streams(nybble)
-        assert all(streams.at.values())
+        at = {address: streams.at(address) for address in before}
+        assert all(at.values())
         updating = threading.Thread(target=site, kwargs=changed)
         updating.start()
         nybble.until(lambda: set(nybble.servers()) < set(before))
         (leaving,) = set(before) - set(nybble.servers())
         # It has left the balancer, and still streams.
-        assert streams.at[leaving] - set(streams.last)
+        assert at[leaving] - set(streams.last)
         updating.join()
         nybble.until(lambda: len(nybble.servers()) == 2 and not set(nybble.servers()) & set(before))
         streams.join()
