@@ -37,7 +37,7 @@ from nybble.models import (
     architecture_of,
     supported_families,
 )
-from nybble.quantizers import quantize_checkpoint
+from nybble.quantizers import merge_adapter, quantize_checkpoint
 from nybble.quantizers.awq import scale_block
 from nybble.quantizers.layers import DecoderLayers, linear_layer
 from nybble.quantizers.packed_model import load_packed_model
@@ -850,7 +850,7 @@ def test_a_model_trained_on_its_grid_is_served_as_it_was_trained(
 
 
 @mixture_rows
-def test_peft_reads_what_is_trained_here(
+def test_peft_reads_what_is_trained_here_and_it_can_be_merged(
     reference: Any, folder_of: Callable[[str], Path], tmp_path: Path, row: str
 ) -> None:
     from peft import PeftModel
@@ -882,8 +882,14 @@ def test_peft_reads_what_is_trained_here(
     ours, without = adapted_tokens(reference, open_checkpoint(folder), tmp_path / "adapter", ids)
     assert ours == expected
     assert ours != without
-    # As it was written before: by the last parts of names alone.
     read, path = load_adapter(tmp_path / "adapter", about), tmp_path / "adapter/adapter_config.json"
+    merge_adapter(folder, read, tmp_path / "merged", progress=False)
+    engine = reference.start(open_checkpoint(tmp_path / "merged"))
+    try:
+        assert reference.alone(engine, ids, 32) == expected
+    finally:
+        engine.stop()
+    # As it was written before: by the last parts of names alone.
     names = list(settings.target_modules or about.linear_leaves)
     older = json.loads(path.read_text()) | {"target_modules": names}
     path.write_text(json.dumps(older | {"target_parameters": None}))
