@@ -1,4 +1,4 @@
-"""Where adapters are administered; those who only pass requests on know it too."""
+"""The paths of the administration of adapters, which balancers know too."""
 
 from __future__ import annotations
 
