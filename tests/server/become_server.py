@@ -6,6 +6,7 @@ its standard error.
 
 from __future__ import annotations
 
+import gc
 import os
 import runpy
 import sys
@@ -14,6 +15,7 @@ from pathlib import Path
 
 from nybble.server.cli.main import main
 
+gc.freeze()  # what was imported before is no garbage
 given: tuple[list[str], dict[str, str], Connection] = globals()["given"]
 arguments, environment, errors = given
 os.dup2(errors.fileno(), 2)
