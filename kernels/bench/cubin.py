@@ -62,7 +62,7 @@ class Report:
 
     @cached_property
     def instructions(self) -> tuple[Instruction, ...]:
-        """Read when they are asked for: to start the disassembler takes the better part of a second."""
+        """Read when they are asked for: the disassembler takes most of a second to start."""
         return tuple(
             Instruction(int(address, 16), opcode, operands.strip())
             for address, opcode, operands in _INSTRUCTION.findall(_dump("-sass", self.cubin))

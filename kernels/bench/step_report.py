@@ -65,8 +65,9 @@ _CACHES = {
     "bf16, int8 KV": ("*bf16", "*i8"),
     "bf16, fp8 KV": ("*bf16", "*fp8e4nv"),
 }
-# The kernels of attention which --quick compiles: each kernel once at least (decode in bfloat16 as it
-# overlaps with others), every setting, every dtype of a cache, and each generation's products.
+# The kernels of attention which --quick compiles: each kernel once at least (decode in
+# bfloat16 as it overlaps with others), every setting, every dtype of a cache, and each generation's
+# products.
 _QUICK = {
     ("gpt-oss-20b bf16", 80): ("decode of few", "spans"),
     ("gpt-oss-20b bf16, int8 KV", 80): ("prefill",),
