@@ -14,7 +14,8 @@ import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -55,9 +56,17 @@ class Report:
     registers: int
     shared: int
     local: int
-    instructions: tuple[Instruction, ...]
     ptx: str
+    cubin: bytes = field(repr=False)
     warnings: tuple[str, ...]
+
+    @cached_property
+    def instructions(self) -> tuple[Instruction, ...]:
+        """Read when they are asked for: the disassembler takes most of a second to start."""
+        return tuple(
+            Instruction(int(address, 16), opcode, operands.strip())
+            for address, opcode, operands in _INSTRUCTION.findall(_dump("-sass", self.cubin))
+        )
 
     def count(self, *prefixes: str) -> int:
         """Instructions whose opcode begins with one of ``prefixes``."""
@@ -138,17 +147,13 @@ def compile_kernel(
             f"{kernel.__name__} with {dict(constants)} for sm_{capability}: Triton "
             f"{triton.__version__} compiled it to a trap"
         )
-    sass, resources = _disassemble(compiled.asm["cubin"])
+    ptx, cubin = compiled.asm["ptx"], compiled.asm["cubin"]
+    resources = _dump("-res-usage", cubin)
     registers, stack, local = (int(x) for x in _RESOURCES.findall(resources)[0])
-    instructions = tuple(
-        Instruction(int(address, 16), opcode, operands.strip())
-        for address, opcode, operands in _INSTRUCTION.findall(sass)
-    )
-    ptx = compiled.asm["ptx"]
     # Triton says nothing if it knows the result already.
     log = said.getvalue() or (_assembled(ptx, capability) if "wgmma" in ptx else "")
     warnings = tuple(_SERIALIZED.findall(log))
-    return Report(registers, compiled.metadata.shared, stack + local, instructions, ptx, warnings)
+    return Report(registers, compiled.metadata.shared, stack + local, ptx, cubin, warnings)
 
 
 def _assembled(ptx: str, capability: int) -> str:
@@ -164,15 +169,12 @@ def _assembled(ptx: str, capability: int) -> str:
     return done.stdout + done.stderr
 
 
-def _disassemble(cubin: bytes) -> tuple[str, str]:
+def _dump(option: str, cubin: bytes) -> str:
+    """What the disassembler says of it."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-
-    def run(option: str, path: str) -> str:
-        return subprocess.run(
-            [str(tool), option, path], check=True, capture_output=True, text=True
-        ).stdout
-
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        return run("-sass", file.name), run("-res-usage", file.name)
+        return subprocess.run(
+            [str(tool), option, file.name], check=True, capture_output=True, text=True
+        ).stdout

@@ -30,11 +30,10 @@ PLACES = (0, 100, 4000, 8000)
 # What --quick compiles, as (capability, places, codes, zeros, up): each kind of weight once, each
 # kernel for an input of all experts and for one of each; and 16-bit weights.
 _QUICK = {
-    (80, 0, "integer", False, True),
-    (90, 0, "integer", True, True),
+    (80, 8000, "integer", False, False),
+    (90, 8000, "integer", True, True),
     (90, 0, "e2m1", False, False),
     (90, 8000, "codebook", False, True),
-    (90, 8000, "integer", False, False),
     (120, 0, "integer", False, True),
 }
 

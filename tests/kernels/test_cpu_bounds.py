@@ -110,7 +110,11 @@ def packed(
 )
 @pytest.mark.parametrize("out", [1, 63, 144])
 @pytest.mark.parametrize(
-    ("columns", "group"), [(1, 1), (7, 7), (8, 8), (40, 16), (72, 24), (129, 64), (160, 160)]
+    ("columns", "group"),
+    [
+        *((1, 1), (7, 7), (129, 64), (160, 160)),
+        *(pytest.param(*each, marks=pytest.mark.slow) for each in ((8, 8), (40, 16), (72, 24))),
+    ],
 )
 def test_packed_weights(
     cpu: CpuLibrary,
@@ -176,7 +180,9 @@ def test_norms_and_gates(cpu: CpuLibrary, guard: Guard, width: int, rows: int) -
     ("dim", "rotary_dim", "interleaved"), [(32, 32, False), (80, 36, False), (96, 96, True)]
 )
 @pytest.mark.parametrize("block_size", [1, 5, 16])
-@pytest.mark.parametrize("contexts", [[1], [16, 17], [33, 15, 0]])
+@pytest.mark.parametrize(
+    "contexts", [[1], pytest.param([16, 17], marks=pytest.mark.slow), [33, 15, 0]]
+)
 def test_rotary_and_attention(
     cpu: CpuLibrary,
     guard: Guard,
@@ -268,7 +274,9 @@ def test_sampling(cpu: CpuLibrary, guard: Guard, vocab: int) -> None:
             assert torch.equal(found, reference.sample_tokens(logits, choices))
 
 
-@pytest.mark.parametrize("inputs", [1, 31, 32, 100])
+@pytest.mark.parametrize(
+    "inputs", [1, *(pytest.param(n, marks=pytest.mark.slow) for n in (31, 32)), 100]
+)
 @pytest.mark.parametrize("offsets", [(0, 1), (0, 16, 33), (0, 130, 131, 200), (0, 520)])
 @pytest.mark.parametrize("max_rank", [1, 9, 16])
 @pytest.mark.parametrize("int8", [False, True], ids=["bf16", "int8"])

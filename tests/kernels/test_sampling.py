@@ -145,7 +145,7 @@ def test_the_gpu_kernel_draws_what_the_reference_draws(
     check_alike(gpu, logits, TokenChoice(**choice))
 
 
-@pytest.mark.parametrize("spread", [0.0, 1.0, 30.0])
+@pytest.mark.parametrize("spread", [0.0, 1.0, pytest.param(30.0, marks=pytest.mark.slow)])
 @pytest.mark.usefixtures("several_programs")
 def test_the_gpu_kernel_draws_what_the_reference_draws_of_a_large_vocabulary(spread: float) -> None:
     """Whether or not what is kept can be gathered: of few values, of flat and of steep ones."""
@@ -187,7 +187,9 @@ def test_the_token_is_found_in_whatever_part_of_the_vocabulary_it_is() -> None:
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="the interpreter counts what is read")
-@pytest.mark.parametrize(("top_k", "top_p"), [(20, 0.8), (50, 1.0), (0, 0.95)])
+@pytest.mark.parametrize(
+    ("top_k", "top_p"), [(20, 0.8), pytest.param(50, 1.0, marks=pytest.mark.slow), (0, 0.95)]
+)
 def test_the_gpu_kernel_reads_a_row_twice_to_truncate_it(
     top_k: int, top_p: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:

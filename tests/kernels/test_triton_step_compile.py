@@ -76,8 +76,8 @@ def test_every_head_dim_of_real_models_is_compiled(table: list[dict[str, Any]]) 
 
 def test_soft_caps_and_sinks_are_compiled(table: list[dict[str, Any]]) -> None:
     for kernel in ("decode", "prefill"):
-        variants = {row["variant"] for row in of(table, kernel)}
-        assert {"gemma-2-27b bf16", "gpt-oss-20b bf16"} <= variants
+        models = {row["variant"].split()[0] for row in of(table, kernel)}
+        assert {"gemma-2-27b", "gpt-oss-20b"} <= models
 
 
 def test_kernels_that_overlap_touch_nothing_before_the_one_before_has_ended(
