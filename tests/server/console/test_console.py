@@ -27,6 +27,8 @@ SECONDS = 120
 class Page:
     def __init__(self, chrome: webdriver.Chrome, url: str) -> None:
         self.chrome = chrome
+        # The page of the test before goes on asking its server, which is gone, until it is left.
+        chrome.get("about:blank")
         chrome.get_log("browser")
         chrome.get(url)
         chrome.execute_script("localStorage.clear(); sessionStorage.clear()")
