@@ -320,11 +320,12 @@ def max_registers(config: Config, group: int, capability: int, whole_steps: bool
     """How many registers a thread may take, if a limit lets two blocks share a multiprocessor.
 
     Hopper's blocks of 128 by 64 take up to 157 without one, and need no more than 128. Blocks of 64
-    by 64 and by 16 with groups of 16 are given more than ptxas takes, which spills to fit in more
-    of them.
+    by 16 and 64 with groups of 16, from sm_120 on of 64 by 128 too, are given more than ptxas
+    takes, which spills to fit in more of them.
     """
     block = config.block_n, config.block_m, config.num_warps
-    if group == 16 and block in ((64, 64, 8), (64, 16, 4)):
+    spilling = [(64, 16, 4), (64, 64, 8), *([(64, 128, 8)] if capability >= 120 else [])]
+    if group == 16 and block in spilling:
         return 128
     if capability == 90 and block == (128, 64, 8) and joined(config, capability, whole_steps):
         return 128
