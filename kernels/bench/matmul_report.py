@@ -90,6 +90,7 @@ _QUICK = {
     (89, "integer", True, 32, False, 16, False),
     (100, "integer", False, 128, False, 128, False),
     (120, "integer", False, 128, False, 128, False),
+    (120, "integer", True, 16, False, 128, False),  # spilled where ptxas chose how many registers
 }
 
 

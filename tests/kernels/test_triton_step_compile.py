@@ -80,6 +80,13 @@ def test_soft_caps_and_sinks_are_compiled(table: list[dict[str, Any]]) -> None:
         assert {"gemma-2-27b", "gpt-oss-20b"} <= models
 
 
+@of_all
+def test_soft_caps_and_sinks_are_compiled_with_16_bit_caches(table: list[dict[str, Any]]) -> None:
+    for kernel in ("decode", "prefill"):
+        variants = {row["variant"] for row in of(table, kernel)}
+        assert {"gemma-2-27b bf16", "gpt-oss-20b bf16"} <= variants
+
+
 def test_kernels_that_overlap_touch_nothing_before_the_one_before_has_ended(
     table: list[dict[str, Any]],
 ) -> None:
