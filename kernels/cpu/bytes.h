@@ -15,12 +15,14 @@ namespace nybble {
 
 #if defined(__AVX512BW__)
 inline Ints add_byte_products(Ints total, Ints codes, Ints x) {
-    return {_mm512_dpbusd_epi32(total.v, codes.v, x.v)};
+    NYBBLE_ADD_PRODUCTS("v", "vpdpbusd", total.v, codes.v, x.v);
+    return total;
 }
 #else
 inline Ints add_byte_products(Ints total, Ints codes, Ints x) {
-    return {_mm256_dpbusd_epi32(total.low, codes.low, x.low),
-            _mm256_dpbusd_epi32(total.high, codes.high, x.high)};
+    NYBBLE_ADD_PRODUCTS("x", NYBBLE_VEX "vpdpbusd", total.low, codes.low, x.low);
+    NYBBLE_ADD_PRODUCTS("x", NYBBLE_VEX "vpdpbusd", total.high, codes.high, x.high);
+    return total;
 }
 #endif
 

@@ -8,6 +8,19 @@
 #if defined(__AVXVNNI__) || (defined(__AVX512VNNI__) && defined(__AVX512VL__))
 #define NYBBLE_VNNI_256
 #endif
+#if defined(__AVXVNNI__)
+#define NYBBLE_VEX "%{vex%} "  // the encoding of AVX-VNNI, not that of AVX-512
+#else
+#define NYBBLE_VEX
+#endif
+
+// An instruction that adds to `total` what it makes of a and b, or one that adds. The intrinsics say the
+// same, but GCC then copies totals from register to register in each step of a loop, and spills some.
+// Registers: "v", or "x" for those that AVX2 has too.
+#define NYBBLE_ADD_PRODUCTS(registers, instruction, total, a, b) \
+    asm(instruction " %2, %1, %0" : "+" registers(total) : registers(a), registers(b))
+#define NYBBLE_ADD(registers, instruction, total, value) \
+    asm(instruction " %1, %0, %0" : "+" registers(total) : registers(value))
 
 namespace nybble {
 
@@ -97,10 +110,11 @@ inline Floats to_floats(Ints a) { return {_mm512_cvtepi32_ps(a.v)}; }
 // total + the products of the pairs, of 16 bits with sign, added up in each lane.
 inline Ints add_products(Ints total, Ints a, Ints b) {
 #if defined(__AVX512VNNI__)
-    return {_mm512_dpwssd_epi32(total.v, a.v, b.v)};
+    NYBBLE_ADD_PRODUCTS("v", "vpdpwssd", total.v, a.v, b.v);
 #else
-    return {_mm512_add_epi32(total.v, _mm512_madd_epi16(a.v, b.v))};
+    NYBBLE_ADD("v", "vpaddd", total.v, _mm512_madd_epi16(a.v, b.v));
 #endif
+    return total;
 }
 
 #else
@@ -145,13 +159,11 @@ inline Floats to_floats(Ints a) { return {_mm256_cvtepi32_ps(a.low), _mm256_cvte
 
 inline __m256i add_products(__m256i total, __m256i a, __m256i b) {
 #if defined(NYBBLE_VNNI_256)
-    return _mm256_dpwssd_epi32(total, a, b);
+    NYBBLE_ADD_PRODUCTS("x", NYBBLE_VEX "vpdpwssd", total, a, b);
 #else
-    total = _mm256_add_epi32(total, _mm256_madd_epi16(a, b));
-    // Keeps every total in a register of its own; GCC copies and spills them otherwise.
-    asm("" : "+x"(total));
-    return total;
+    NYBBLE_ADD("x", "vpaddd", total, _mm256_madd_epi16(a, b));
 #endif
+    return total;
 }
 // total + the products of the pairs, of 16 bits with sign, added up in each lane.
 inline Ints add_products(Ints total, Ints a, Ints b) {

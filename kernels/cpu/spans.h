@@ -128,16 +128,21 @@ class Spans {
    public:
     template <class Levels>
     Spans(const PackedArgs& args, const Levels& levels, int threads)
-        : a(args), offset_(levels.offset), unit_(levels.unit()),
-          spans_(spans_of(args, Levels::kSpanOctets)),
-          factors_(new float[args.rows * spans_.size()]),
-          sums_(new int32_t[args.rows * spans_.size()]),
+        : a(args), spans_(spans_of(args, Levels::kSpanOctets)),
+          of_rows_(new OfRow[args.rows * spans_.size()]),
           x_(new int16_t[args.rows * args.columns]) {
+        const float unit = levels.unit();
+        const int32_t offset = levels.offset;
         parallel_for_small(size(), a.rows > 8 ? threads : 1, [&](int64_t index, int) {
-            for (int64_t row = 0; row < a.rows; ++row)
-                round_span(a.x + row * a.columns + spans_[index].first * 8, spans_[index].octets,
-                           Levels::kBits, x_.get() + at(spans_[index], row),
-                           &factors_[index * a.rows + row], &sums_[index * a.rows + row]);
+            const Span& span = spans_[index];
+            for (int64_t row = 0; row < a.rows; ++row) {
+                float factor;
+                int32_t sum;
+                round_span(a.x + row * a.columns + span.first * 8, span.octets, Levels::kBits,
+                           x(span, row), &factor, &sum);
+                of_rows_[index * a.rows + row] = {offset * sum, factor * unit,
+                                                  static_cast<float>(sum) * factor};
+            }
         });
     }
 
@@ -151,22 +156,23 @@ class Spans {
     // total + scale · (Σ (code + offset) · x − zero · Σx), of one span of one tile of one row; `sum`
     // is Σ code · x.
     Floats add(int64_t index, int64_t row, const Scaling& scaling, Ints sum, Floats total) const {
-        const int32_t of_x = sums_[index * a.rows + row];
-        const float factor = factors_[index * a.rows + row];
-        if (offset_) sum = sum + broadcast_int(offset_ * of_x);
-        Floats value = to_floats(sum) * broadcast(factor * unit_);
-        if (a.zeros)
-            value = fnma(scaling.zero, broadcast(static_cast<float>(of_x) * factor), value);
+        const OfRow& of = of_rows_[index * a.rows + row];
+        Floats value = to_floats(sum + broadcast_int(of.offset)) * broadcast(of.factor);
+        if (a.zeros) value = fnma(scaling.zero, broadcast(of.sum), value);
         return fma(scaling.scale, value, total);
     }
 
-   private:
+ private:
+    // What the sum of one span's products becomes: `offset` is added, and that times `factor` is
+    // Σ (code + offset) · x; `sum` is Σx.
+    struct OfRow {
+        int32_t offset;
+        float factor, sum;
+    };
+
     const PackedArgs a;
-    const int32_t offset_;
-    const float unit_;
     const std::vector<Span> spans_;
-    std::unique_ptr<float[]> factors_;  // (spans, rows)
-    std::unique_ptr<int32_t[]> sums_;   // (spans, rows)
+    std::unique_ptr<OfRow[]> of_rows_;  // (spans, rows)
     std::unique_ptr<int16_t[]> x_;      // by spans, each (rows, columns of the span)
 
     // Where a row's columns of a span begin.

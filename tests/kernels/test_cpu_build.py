@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from subprocess import PIPE
 
 import pytest
 
 from nybble.kernels.cpu.build import (
+    TARGETS,
     CpuKernelsUnavailableError,
+    build,
     build_fastest,
     load,
+    machine,
     usable_targets,
     wanted_targets,
 )
@@ -123,6 +128,45 @@ def test_the_environment_names_the_target(tmp_path: Path, monkeypatch: pytest.Mo
         monkeypatch.setenv("NYBBLE_CPU_TARGET", target.name)
         library = build_fastest(compiler=touched, cache=tmp_path / "cache")
         assert library.name.startswith(f"cpu-{target.name}-")
+
+
+_BOTH_WAYS = """
+#include "ints.h"
+extern "C" {vector} intrinsic({vector} total, {vector} a, {vector} b) {{
+    return _mm{bits}_{name}_epi32(total, a, b);
+}}
+extern "C" {vector} written_out({vector} total, {vector} a, {vector} b) {{
+    NYBBLE_ADD_PRODUCTS("x", NYBBLE_VEX "vp{name}", total, a, b);
+    return total;
+}}
+"""
+
+
+@pytest.mark.skipif(machine() != "x86_64", reason="instructions of x86")
+@pytest.mark.parametrize(
+    ("target", "bits"), [("avx512_vnni", "512"), ("avx512_vnni", "256"), ("avx2_vnni", "256")]
+)
+@pytest.mark.parametrize("name", ["dpwssd", "dpbusd"])
+def test_an_instruction_that_is_written_out_is_that_of_its_intrinsic(
+    tmp_path: Path, target: str, bits: str, name: str
+) -> None:
+    """Few CPUs have it, on which alone a wrong order of its operands would be seen."""
+    (flags,) = (each.flags for each in TARGETS if each.name == target)
+    source, compiled = tmp_path / "both.cpp", tmp_path / "both.o"
+    source.write_text(_BOTH_WAYS.format(vector=f"__m{bits}i", bits=bits, name=name))
+    include = f"-I{Path(build.__code__.co_filename).parent}"
+    subprocess.run(
+        ["g++", "-O2", "-std=c++17", *flags, include, "-c", source, "-o", compiled], check=True
+    )
+    listing = subprocess.run(
+        ["objdump", "-d", "--no-show-raw-insn", compiled], check=True, text=True, stdout=PIPE
+    ).stdout
+    code = {
+        function: re.findall(r"\t(.*)", listing.split(f"<{function}>:")[1].split("\tret")[0])
+        for function in ("intrinsic", "written_out")
+    }
+    assert any(f"vp{name}" in line for line in code["intrinsic"])
+    assert code["intrinsic"] == code["written_out"]
 
 
 def compiler_script(folder: Path, body: str) -> str:
