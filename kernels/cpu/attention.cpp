@@ -23,12 +23,17 @@ constexpr int64_t kKeys = 16, kValues = 32;
 // of a tile should stay in the second-level cache.
 constexpr int64_t kRows = 32, kScores = 1 << 18;
 
+// So many rows' scores or values are added up at once, the values in so many vectors of each row, as
+// keep the multipliers busy and have registers.
 #if defined(__AVX512BW__)
-constexpr int kScoreRows = 8, kMixRows = 4, kMixVectors = 4;
+constexpr int kScoreRows = 8, kMixRows = 4;
+constexpr int mix_vectors(int) { return 4; }
 #elif defined(__aarch64__)
-constexpr int kScoreRows = 2, kMixRows = 4, kMixVectors = 1;
+constexpr int kScoreRows = 2, kMixRows = 4;
+constexpr int mix_vectors(int rows) { return rows == 1 ? 4 : rows == 2 ? 2 : 1; }
 #else
-constexpr int kScoreRows = 3, kMixRows = 4, kMixVectors = 1;
+constexpr int kScoreRows = 3, kMixRows = 4;
+constexpr int mix_vectors(int rows) { return rows == 1 ? 4 : rows == 2 ? 2 : 1; }
 #endif
 
 // What a score is added up from: products of pairs of bf16 if the CPU has them, of floats if not.
@@ -232,9 +237,10 @@ template <int R, class Values>
 void mix_rows(const Values& values, int64_t from, int64_t to, const float* weights, int64_t stride,
               float* mixed, int64_t dim) {
     if (from >= to) return;
+    constexpr int V = mix_vectors(R);
     int64_t i = 0;
-    for (; i + 16 * kMixVectors <= dim; i += 16 * kMixVectors)
-        mix<R, kMixVectors>(values, i, from, to, weights, stride, mixed, dim);
+    for (; i + 16 * V <= dim; i += 16 * V)
+        mix<R, V>(values, i, from, to, weights, stride, mixed, dim);
     for (; i < dim; i += 16) mix<R, 1>(values, i, from, to, weights, stride, mixed, dim);
 }
 
@@ -252,16 +258,21 @@ void mix_values(const Shape& s, const Tile& tile, int64_t start, int64_t count,
     };
     int64_t r = tile.first_seeing(start) * s.share;
     const int64_t end = tile.after_seeing(start + count) * s.share;
-    for (; r + kMixRows <= end; r += kMixRows) {
-        // What all of them see goes together; a row adds up its values in order all the same.
-        const int64_t last = r + kMixRows - 1;
-        const int64_t first = from(last), until = std::max(first, to(r));
-        for (int64_t i = r; i <= last; ++i) one(i, from(i), std::min(first, to(i)));
-        mix_rows<kMixRows>(values, first, until, weights + r * stride, stride, mixed + r * s.dim,
-                           s.dim);
-        for (int64_t i = r; i <= last; ++i) one(i, until, to(i));
-    }
-    for (; r < end; ++r) one(r, from(r), to(r));
+    const auto some = [&](auto rows) {
+        constexpr int R = decltype(rows)::value;
+        for (; r + R <= end; r += R) {
+            // What all of them see goes together; a row adds up its values in order all the same.
+            const int64_t last = r + R - 1;
+            const int64_t first = from(last), until = std::max(first, to(r));
+            for (int64_t i = r; i < last; ++i) one(i, from(i), std::min(first, to(i)));
+            mix_rows<R>(values, first, until, weights + r * stride, stride, mixed + r * s.dim, s.dim);
+            for (int64_t i = r + 1; i <= last; ++i) one(i, until, to(i));
+        }
+    };
+    some(std::integral_constant<int, kMixRows>());
+    some(std::integral_constant<int, 3>());
+    some(std::integral_constant<int, 2>());
+    some(std::integral_constant<int, 1>());
 }
 
 template <class Element>
