@@ -152,6 +152,7 @@ def _training_settings(options: ServeOptions, device: str) -> TrainingSettings:
         device=device,
         max_rank=options.adapters.max_lora_rank,
         threads=options.training.fine_tuning_threads or default_threads(),
+        nice=options.training.fine_tuning_nice,
     )
 
 

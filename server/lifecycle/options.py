@@ -522,6 +522,15 @@ class TrainingOptions:
         int | None,
         _training(help="Threads of a job on the CPU (default: half of the processors).", min=1),
     ] = None
+    fine_tuning_nice: Annotated[
+        int,
+        _training(
+            help="Niceness of a job's process: at 19 it gets only what nothing else uses, and "
+            "stands still beside servers that are always busy; at 0 it gets an equal share.",
+            min=0,
+            max=19,
+        ),
+    ] = 19
 
 
 @dataclass(frozen=True, kw_only=True)

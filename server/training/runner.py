@@ -228,6 +228,7 @@ class Runner:
             "settings": job.plan["settings"],
             "device": self._settings.device,
             "threads": self._settings.threads,
+            "nice": self._settings.nice,
         }
 
     def _log_tail(self, job: Job) -> str:

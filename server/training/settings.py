@@ -20,8 +20,10 @@ class TrainingSettings:
     device: the device that jobs train on.
     max_rank: the highest rank that the engine serves.
     threads: of a job on the CPU.
+    nice: niceness of a job's process, from 0 (as the server) to 19 (the lowest priority).
     """
 
     device: str
     max_rank: int
     threads: int = 1
+    nice: int = 19

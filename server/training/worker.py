@@ -17,20 +17,19 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
 
-_NICE = 19
 _ORPHANED = 3
 
 
 def main(spec: Path) -> None:
     # Before anything else, because the imports below take seconds.
     threading.Thread(target=_end_with_the_server, daemon=True).start()
-    os.nice(_NICE)
+    told = json.loads(spec.read_text())
+    os.nice(told["nice"])
     with suppress(OSError):  # out of memory, the kernel must kill the job, not the server
         Path("/proc/self/oom_score_adj").write_text("1000")
     # Only reports go to stdout; anything that libraries print goes to the log.
     reports = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    told = json.loads(spec.read_text())
     try:
         _train(told, reports)
     except (ValueError, OSError, ArithmeticError, MemoryError, RuntimeError) as error:

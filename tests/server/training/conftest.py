@@ -60,14 +60,15 @@ def tenants_file(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[s
 def start(
     tiny_model: Callable[..., Path], tenants_file: tuple[Path, dict[str, str]]
 ) -> Callable[..., Any]:
-    """``with start(state, *options) as site`` runs a server."""
+    """``with start(state, *options) as site`` runs a server whose jobs do not give way."""
     path, keys = tenants_file
 
     @contextmanager
     def begin(state: Path, *options: str) -> Iterator[Site]:
         arguments = (
             *("--state-dir", str(state), "--tenants", str(path)),
-            *("--admin-key", "admin-secret", "--fine-tuning-threads", "1", *options),
+            *("--admin-key", "admin-secret", "--fine-tuning-threads", "1"),
+            *("--fine-tuning-nice", "0", *options),
         )
         with running_server(tiny_model(), *arguments) as process:
             clients = {

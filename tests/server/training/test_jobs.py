@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -37,7 +38,7 @@ def submit(client: OpenAI, *, content: bytes | None = None, **body: Any) -> Fine
 
 
 def until(client: OpenAI, job: FineTuningJob, *statuses: str, step: int = 0) -> FineTuningJob:
-    for _ in range(3000):  # a job has the lowest priority: a busy machine starves it
+    for _ in range(3000):
         found = client.fine_tuning.jobs.retrieve(job.id)
         if found.status in statuses and len(metrics(client, job)) >= step:
             return found
@@ -161,12 +162,19 @@ def test_a_cancelled_job_stops_and_leaves_nothing(site: Site) -> None:
     assert len(metrics(site.acme, running)) == done
 
 
+def niceness_of_children(parent: int) -> set[int]:
+    listed = Path(f"/proc/{parent}/task").glob("*/children")
+    pids = " ".join(path.read_text() for path in listed).split()
+    return {os.getpriority(os.PRIO_PROCESS, int(pid)) for pid in pids}
+
+
 def test_a_killed_server_goes_on_with_its_job_from_the_checkpoint(
     start: Callable[..., Any], tmp_path: Path
 ) -> None:
-    with start(tmp_path) as first:
+    with start(tmp_path, "--fine-tuning-nice", "3") as first:
         job = submit(first.acme, hyperparameters={"n_epochs": 4, "batch_size": 4})
         until(first.acme, job, "running", step=6)
+        assert 3 in niceness_of_children(first.process.process.pid)
         first.process.process.kill()
         first.process.process.wait()
     with start(tmp_path) as second:
