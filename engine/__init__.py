@@ -28,6 +28,7 @@ from nybble.engine.request import (
     RequestOutput,
     SamplingParams,
     TokenLogprob,
+    UnknownAdapterError,
     require_known_tokens,
 )
 from nybble.engine.stats import EngineStats
@@ -71,6 +72,7 @@ __all__ = [
     "StructuralTag",
     "TokenLogprob",
     "Tokens",
+    "UnknownAdapterError",
     "Vocabulary",
     "require_known_tokens",
     "resolve_device",

@@ -20,7 +20,7 @@ from pathlib import Path
 from nybble.engine.adapter_cache import AdapterCache, AdapterVersion, MixturePart, Residency
 from nybble.engine.adapter_slots import AdapterSlots, StagedAdapter
 from nybble.engine.generation_config import own_end_tokens, sampling_defaults
-from nybble.engine.request import AdapterMixture, ParameterError
+from nybble.engine.request import AdapterMixture, ParameterError, UnknownAdapterError
 from nybble.engine.tokens import AdapterTokens, Tokens
 from nybble.loaders import AdapterError, load_adapter, resolve_adapter
 from nybble.loaders.adapter_combine import combine_adapters, combined_digest, not_a_sum
@@ -437,7 +437,7 @@ class AdapterRegistry:
             known = ", ".join(names[:_NAMES_IN_ERRORS]) or "none"
             if len(names) > _NAMES_IN_ERRORS:
                 known += f" and {len(names) - _NAMES_IN_ERRORS} more"
-            raise ParameterError("adapter", f"adapter {name!r} is not loaded; loaded: {known}")
+            raise UnknownAdapterError("adapter", f"adapter {name!r} is not loaded; loaded: {known}")
         return version
 
     def _check_room(self, what: object, rank: int, nbytes: int) -> None:

@@ -33,6 +33,10 @@ class ParameterError(ValueError):
         self.parameter = parameter
 
 
+class UnknownAdapterError(ParameterError):
+    """The request's adapter is not loaded, or no longer."""
+
+
 class ContextLengthError(ParameterError):
     """The prompt and the requested output together exceed the context length."""
 

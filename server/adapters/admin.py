@@ -18,7 +18,14 @@ from typing import Any
 
 from aiohttp import web
 
-from nybble.engine import AdapterError, AdapterInfo, AdapterMixture, Engine, ParameterError
+from nybble.engine import (
+    AdapterError,
+    AdapterInfo,
+    AdapterMixture,
+    Engine,
+    ParameterError,
+    UnknownAdapterError,
+)
 from nybble.loaders.adapter import own_files
 from nybble.server.adapters.archive import CONFIG as ADAPTER_CONFIG
 from nybble.server.adapters.archive import WEIGHTS as ADAPTER_WEIGHTS
@@ -140,12 +147,15 @@ class AdapterAdmin:
                 param="lora_name",
                 code="invalid_value",
             )
-        info = self._engine.load_mixture(
-            name,
-            AdapterMixture(weights),
-            replace=bool(body.load_inplace),
-            expected=body.expected_version,
-        )
+        try:
+            info = self._engine.load_mixture(
+                name,
+                AdapterMixture(weights),
+                replace=bool(body.load_inplace),
+                expected=body.expected_version,
+            )
+        except UnknownAdapterError as error:  # what does not exist is not what the path names
+            raise ApiError(400, str(error), param="mixture", code="invalid_value") from None
         if self._state is not None:
             self._state.keep(name, dict(weights))
         if self._uploads is not None:

@@ -24,6 +24,7 @@ from nybble.engine import (
     NothingAllowedError,
     OutOfMemoryError,
     ParameterError,
+    UnknownAdapterError,
 )
 from nybble.server.http import retry_after
 from nybble.server.lifecycle.flag_names import in_flags
@@ -138,6 +139,8 @@ def as_api_error(error: Exception, request_id: str) -> ApiError:
         return error
     if isinstance(error, ContextLengthError):
         return ApiError(400, str(error), param=error.parameter, code="context_length_exceeded")
+    if isinstance(error, UnknownAdapterError):  # unloaded since the request's names were looked at
+        return ApiError(404, str(error), param=error.parameter, code="model_not_found")
     if isinstance(error, ParameterError):
         return ApiError(400, in_flags(error), param=error.parameter, code="invalid_value")
     if isinstance(error, GuideError):

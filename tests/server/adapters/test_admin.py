@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from openai import OpenAI
 from typer.testing import CliRunner, Result
 from yarl import URL
 
-from nybble.engine import AdapterConfig, Engine
+from nybble.engine import AdapterConfig, Engine, Request, RequestOutput
 from nybble.loaders import open_checkpoint
 from nybble.server.adapters.admin import restore, restore_mixtures
 from nybble.server.adapters.names import RULE
@@ -215,6 +215,25 @@ def test_an_unknown_name_is_refused_with_those_there_are(engine: Engine, root: P
         error = await refused(client, COMPLETIONS, body, 404)
         assert (error["param"], error["code"]) == ("adapter", "model_not_found")
         assert "this server has one" in error["message"]
+
+    serve(engine, root, scenario)
+
+
+def test_an_adapter_that_goes_while_its_request_is_read_does_not_exist(
+    engine: Engine, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generate = engine.generate
+
+    def unload_first(request: Request) -> AsyncGenerator[RequestOutput]:
+        engine.unload_adapter("one")
+        return generate(request)
+
+    async def scenario(client: Client) -> None:
+        await load(client, "one", "one")
+        monkeypatch.setattr(engine, "generate", unload_first)
+        error = await refused(client, COMPLETIONS, {**ASK, "model": "one"}, 404)
+        assert error["code"] == "model_not_found"
+        assert error["message"] == "adapter 'one' is not loaded; loaded: none"
 
     serve(engine, root, scenario)
 
