@@ -5,6 +5,9 @@ SHELL  := bash
 BIN    := $(VENV)/bin
 MODEL  ?= demo
 PORT   ?= 8000
+# Packages are installed without bytecode, which Python then writes as it first imports them: if it may
+# not, every process compiles all of PyTorch and transformers again.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: install install-dev serve format test test-all test-avx2 test-arm test-browser test-clients test-agents \
 	test-ray test-buckets test-peers test-peer-suites audit fuzz emulate sanitize lint lint-deploy gpu clean
@@ -19,16 +22,19 @@ install-dev: $(VENV)/.installed-dev
 # Nothing is compiled to bytecode ahead: that takes longer than all else, and Python compiles the part
 # that is imported when it first is.
 TORCH_INDEX_URL ?=
-$(VENV)/.installed: pyproject.toml constraints.txt
+define install
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --no-compile --progress-bar on -c constraints.txt \
 		$(if $(TORCH_INDEX_URL),--index-url $(TORCH_INDEX_URL)) torch
-	$(BIN)/pip install --no-compile --progress-bar on -c constraints.txt -e .
+	$(BIN)/pip install --no-compile --progress-bar on -c constraints.txt -e '.$(1)'
 	$(BIN)/python -m nybble.kernels.cpu.build
+endef
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(call install)
 	touch $@
-$(VENV)/.installed-dev: $(VENV)/.installed
-	$(BIN)/pip install --no-compile --progress-bar on -c constraints.txt -e '.[dev]'
-	touch $@
+$(VENV)/.installed-dev: pyproject.toml constraints.txt
+	$(call install,[dev])
+	touch $(VENV)/.installed $@
 
 # Anything else for the server: make serve MODEL=org/name ARGS="--max-num-seqs 8"
 serve: install
@@ -46,8 +52,7 @@ lint: install-dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy --num-workers 2 -p nybble $(patsubst load_tests/%.py,-m %,$(wildcard load_tests/*.py))
 
-# Three processes, as tests wait for servers too, each with whole files, in the order of their names:
-# long ones do not come last.
+# Three processes, as tests wait for servers too, each with whole files. tests/conftest.py orders them.
 # make test ARGS="tests/engine -x" for a part. docs/testing.md says what test-all adds.
 PYTEST := $(BIN)/pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder
 test: lint

@@ -2,6 +2,7 @@
 
 import functools
 import gc
+import hashlib
 import importlib.util
 import os
 import shutil
@@ -17,6 +18,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from filelock import FileLock
 from hypothesis import settings
 
 # Triton reads this when it is first imported, so it is set before any test imports torch: kernels
@@ -60,10 +62,14 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A slow test may take an hour; pyproject.toml says how long the others may."""
+    """A slow test may take an hour; pyproject.toml says how long the others may.
+
+    The files that wait longest come first, or else they would end last and alone.
+    """
     for item in items:
         if item.get_closest_marker("slow"):
             item.add_marker(pytest.mark.timeout(3600))
+    items.sort(key=lambda item: item.path.name not in ("test_jobs.py", "test_console.py"))
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -110,23 +116,38 @@ def interpreter_does_nothing_in_vain() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def the_standard_library_is_read_and_tokenized_once() -> Iterator[None]:
-    """All of it is, wherever a test calibrates or evaluates with the text that there is."""
+def the_standard_library_is_read_and_tokenized_once(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[None]:
+    """All of it is, wherever a test calibrates or evaluates with the text that there is.
+
+    Its tokens are in a folder that all processes of a run share.
+    """
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
     with pytest.MonkeyPatch.context() as patch:
         if corpus := sys.modules.get("nybble.quantizers.corpus"):
-            tokenized: dict[tuple[str, str], Any] = {}
-            given = corpus.token_ids
+            import torch
+
+            given, library = corpus.token_ids, functools.cache(corpus.standard_library_text)
+
+            @functools.cache
+            def stored_ids(tokenizer: str, text: str) -> Path:
+                digest = hashlib.sha256(tokenizer.encode() + text.encode()).hexdigest()
+                return folder / f"tokens-{digest}.pt"
 
             def token_ids(tokenizer: Any, text: str) -> Any:
-                key = tokenizer.backend_tokenizer.to_str(), text
-                if key not in tokenized:
-                    tokenized[key] = given(tokenizer, text)
-                return tokenized[key]
+                if len(text) < 1_000_000:
+                    return given(tokenizer, text)
+                path = stored_ids(tokenizer.backend_tokenizer.to_str(), text)
+                with FileLock(f"{path}.lock"):
+                    if not path.exists():
+                        torch.save(given(tokenizer, text), path)
+                return torch.load(path)
 
             patch.setattr(corpus, "token_ids", token_ids)
-            patch.setattr(
-                corpus, "standard_library_text", functools.cache(corpus.standard_library_text)
-            )
+            patch.setattr(corpus, "standard_library_text", library)
         yield
 
 

@@ -128,7 +128,7 @@ def test_16_bits_change_the_logits_little(reference: Any, deepseek: Checkpoint) 
     [
         pytest.param({"target_modules": ["kv_b_proj"]}, marks=pytest.mark.slow),
         {"target_modules": ["kv_b_proj"], "use_dora": True},
-        {"target_modules": ["kv_b_proj"], "lora_bias": True},
+        pytest.param({"target_modules": ["kv_b_proj"], "lora_bias": True}, marks=pytest.mark.slow),
         {
             "target_modules": [
                 *("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"),

@@ -311,7 +311,7 @@ def test_adapters_own_tokens_and_ends_are_those_of_one_rank(
 @pytest.mark.parametrize(
     "name",
     [
-        "olmo2",  # a norm of all heads together
+        pytest.param("olmo2", marks=pytest.mark.slow),  # a norm of all heads together
         "cohere",  # of each head
         pytest.param("olmo3", marks=pytest.mark.slow),  # several ranks have the same KV head
         pytest.param("qwen3", marks=pytest.mark.slow),  # the same of all heads

@@ -69,6 +69,7 @@ def test_a_request_alone_is_what_it_is_in_company_and_in_other_chunks(
         assert not any(kernel in name for name in names)
 
 
+@pytest.mark.slow
 def test_a_drafted_answer_is_the_same_bit_for_bit(gpu: Device, checkpoint: Path) -> None:
     # An answer of two tokens, which stand in the prompt in every order.
     bias = {7: 8.0, 8: 8.0}

@@ -142,7 +142,9 @@ def test_answers_are_as_on_the_cpu_with_one_wait_a_step_and_no_compiling(
     assert len(waits) <= steps
 
 
-@pytest.mark.parametrize(("slots", "used"), [(18, 17), (70, 66)])
+@pytest.mark.parametrize(
+    ("slots", "used"), [(18, 17), pytest.param(70, 66, marks=pytest.mark.slow)]
+)
 def test_a_prompt_beside_tokens_of_many_adapters_compiles_nothing(
     gpu: Device, checkpoint: Path, slots: int, used: int
 ) -> None:

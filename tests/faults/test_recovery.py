@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx2 as httpx
+import pytest
 
 from nybble.quantizers import quantize_checkpoint
 from nybble.server.adapters.archive import CONFIG, WEIGHTS
@@ -149,6 +150,7 @@ def test_an_upload_that_fills_the_disk_is_told_so_and_leaves_nothing(
     assert ask(origin + COMPLETIONS, HELLO | {"model": "mine"}, TENANT_KEY)[0] == 200
 
 
+@pytest.mark.slow
 def test_a_log_that_can_grow_no_more_stops_nobody(
     launch: Callable[..., Process], tiny_model: Callable[..., Path], tmp_path: Path
 ) -> None:

@@ -242,7 +242,9 @@ def test_the_gpu_convolution_is_its_reference(triton: Backend, biased: bool) -> 
     assert torch.equal(state, expected_state)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, pytest.param(torch.float32, marks=pytest.mark.slow)]
+)
 def test_the_gpu_delta_rule_is_its_reference(triton: Backend, dtype: torch.dtype) -> None:
     inputs = delta_inputs(TOKENS, dtype)
     expected_state, state = delta_state(), delta_state()

@@ -103,7 +103,7 @@ def test_every_format_matches_its_dequantized_weight(
         *(pytest.param(*each, marks=pytest.mark.slow) for each in ((1, 1, 32), (5, 130, 200))),
     ],
 )
-@pytest.mark.parametrize("kind", ["zeros", "codebook"])
+@pytest.mark.parametrize("kind", ["zeros", pytest.param("codebook", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("config", [SMALL, LARGE, SPLIT, TAIL, UNEQUAL, PARTS])
 def test_odd_sizes_are_masked(rows: int, out: int, columns: int, kind: str, config: Config) -> None:
     torch.manual_seed(1)
@@ -163,7 +163,10 @@ class Recorded:
         return launch
 
 
-@pytest.mark.parametrize(("kind", "scale_first"), [("fractional", True), ("codebook", False)])
+@pytest.mark.parametrize(
+    ("kind", "scale_first"),
+    [("fractional", True), pytest.param("codebook", False, marks=pytest.mark.slow)],
+)
 def test_two_parts_may_be_unequal(
     kind: str, scale_first: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -288,7 +291,6 @@ def test_more_elements_than_offsets_of_32_bits_reach_are_multiplied_densely(
 @pytest.mark.parametrize(
     ("kind", "config"),
     [
-        ("zeros", SMALL),
         ("symmetric", SPLIT),
         *(
             pytest.param(kind, config, marks=pytest.mark.slow)

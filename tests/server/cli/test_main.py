@@ -412,17 +412,13 @@ def test_sizes_are_binary_or_decimal() -> None:
         parse_bytes("2 gigs")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
         ({}, "GOMP_SPINCOUNT = '1000'"),
-        *(
-            pytest.param(*each, marks=pytest.mark.slow)
-            for each in [
-                ({"GOMP_SPINCOUNT": "77"}, "GOMP_SPINCOUNT = '77'"),
-                ({"OMP_WAIT_POLICY": "passive"}, "GOMP_SPINCOUNT = '0'"),
-            ]
-        ),
+        ({"GOMP_SPINCOUNT": "77"}, "GOMP_SPINCOUNT = '77'"),
+        ({"OMP_WAIT_POLICY": "passive"}, "GOMP_SPINCOUNT = '0'"),
     ],
 )
 def test_threads_spin_for_each_other_only_briefly(given: dict[str, str], expected: str) -> None:
