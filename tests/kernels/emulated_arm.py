@@ -25,7 +25,11 @@ EMULATOR = "qemu-aarch64"
 _SYSROOT = "/usr/aarch64-linux-gnu"
 
 # The arguments which themselves hold addresses.
-_HOLDING_ADDRESSES = {"nybble_grouped_matmul": {1}, "nybble_decoder_layers": {0, 1}}
+_HOLDING_ADDRESSES = {
+    "nybble_grouped_matmul": {1},
+    "nybble_lora_add": {2, 3, 5},
+    "nybble_decoder_layers": {0, 1},
+}
 
 _VALUE, _NULL = -2, -1
 
