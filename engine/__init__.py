@@ -9,6 +9,7 @@ from nybble.engine.reasoning_budget import BudgetGuide, ReasoningLimit
 from nybble.engine.request import (
     MAX_MIXED_ADAPTERS,
     AdapterMixture,
+    AdapterReplacedError,
     AdapterUnavailableError,
     ContextLengthError,
     DisallowedTokenError,
@@ -44,6 +45,7 @@ __all__ = [
     "AdapterError",
     "AdapterInfo",
     "AdapterMixture",
+    "AdapterReplacedError",
     "AdapterUnavailableError",
     "BudgetGuide",
     "ContextLengthError",

@@ -337,8 +337,8 @@ class AdapterRegistry:
             version = (
                 self._mixed(name, tenant) if isinstance(name, AdapterMixture) else self._find(name)
             )
-            _count(version, tenant)
             send(version)
+            _count(version, tenant)
 
     def _mixed(self, mixture: AdapterMixture, tenant: str) -> AdapterVersion:
         """The version of a mixture, which is kept while it is among those last asked for."""

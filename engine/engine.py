@@ -598,8 +598,9 @@ class Engine:
 
         Raises ParameterError for a request that can never be served, EngineOverloadedError when
         the queue is full, EngineStoppedError when the engine stops or has failed,
-        AdapterUnavailableError when the request's adapter can no longer be read, NotANumberError
-        where what the model computed is no number.
+        AdapterReplacedError when its adapter has other tokens since the request was read,
+        AdapterUnavailableError when the adapter can no longer be read, NotANumberError where what
+        the model computed is no number.
         """
         if request.adapter is not None:
             self._require_adapters()

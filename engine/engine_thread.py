@@ -21,6 +21,7 @@ from nybble.engine.adapters import AdapterRegistry
 from nybble.engine.config import EngineConfig
 from nybble.engine.failure import Restarts, describe, is_out_of_memory
 from nybble.engine.request import (
+    AdapterReplacedError,
     AdapterUnavailableError,
     DisallowedTokenError,
     EngineFailedError,
@@ -28,7 +29,6 @@ from nybble.engine.request import (
     GuideError,
     NoTokenError,
     OutOfMemoryError,
-    ParameterError,
     RequestOutput,
 )
 from nybble.engine.runner import ModelRunner
@@ -147,8 +147,8 @@ class EngineThread(threading.Thread):
     def submit(self, sequence: Sequence, stream: Stream) -> None:
         """Queue a sequence. Raises EngineStoppedError if the engine is not running.
 
-        A sequence with an adapter needs an engine with adapter slots; it raises ParameterError if
-        its adapter is not loaded.
+        A sequence with an adapter needs an engine with adapter slots. It raises UnknownAdapterError
+        if its adapter is not loaded, and AdapterReplacedError if that has other tokens by now.
         """
         with self._entrance:
             if not self.healthy:
@@ -164,10 +164,9 @@ class EngineThread(threading.Thread):
 
             def send(version: AdapterVersion) -> None:
                 if version.tokens is not sequence.tokens:
-                    raise ParameterError(
-                        "adapter",
+                    raise AdapterReplacedError(
                         f"adapter {name!r} was replaced by one with other tokens while the request "
-                        "was read: send it again",
+                        "was read: send it again"
                     )
                 sequence.adapter = version
                 self._inbox.put(_Add(sequence, stream))

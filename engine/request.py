@@ -58,6 +58,10 @@ class AdapterUnavailableError(RuntimeError):
     """The request's adapter was loaded but can no longer be read; the message says why."""
 
 
+class AdapterReplacedError(RuntimeError):
+    """The request was read with tokens that its adapter no longer has; read again, it is served."""
+
+
 class EngineStoppedError(RuntimeError):
     """The engine is not running: it is shutting down, or has failed and takes no requests."""
 

@@ -92,27 +92,32 @@ struct Tile {
     }
 };
 
-// Where the cache has a KV head's rows for one sequence; scales are null for bf16.
+// Where the cache has a KV head's keys or values for one tile; scales are null for bf16.
 template <class Element>
 struct Pages {
     const Element* cache;
     const float* scales;
-    const int32_t* table;
-    int64_t head;
+    const int64_t* rows;  // of the positions from the tile's first on
 
-    // The numbers of the rows at positions [first, end), at most `room`, and the last again to fill
-    // it. If there are none, those before `end` do as well.
-    void find(const Shape& s, int64_t first, int64_t end, int64_t room, int64_t* rows) const {
-        first = std::min(first, end - 1);
-        const int64_t count = std::min(room, end - first);
-        int64_t block = first / s.block_size, offset = first % s.block_size;
-        for (int64_t i = 0; i < count; ++i) {
-            rows[i] = (table[block] * s.kv_heads + head) * s.block_size + offset;
-            if (++offset == s.block_size) offset = 0, ++block;
-        }
-        std::fill(rows + count, rows + room, rows[count - 1]);
+    const int64_t* at(const Tile& tile, int64_t position) const {
+        return rows + (position - tile.begin());
     }
 };
+
+// Steps look ahead by as many rows, and beyond the last position.
+constexpr int64_t kBeyond = 2 * kValues;
+
+// The numbers of the rows at the positions that a tile sees, and the last one again for kBeyond more.
+void find_rows(const Shape& s, const Tile& tile, const int32_t* table, int64_t head, int64_t* rows) {
+    const int64_t first = tile.begin(), count = tile.last() - first;
+    int64_t block = first / s.block_size, offset = first % s.block_size;
+    for (int64_t i = 0; i < count;) {
+        const int64_t start = (table[block++] * s.kv_heads + head) * s.block_size;
+        for (; offset < s.block_size && i < count; ++offset) rows[i++] = start + offset;
+        offset = 0;
+    }
+    std::fill(rows + count, rows + count + kBeyond, rows[count - 1]);
+}
 
 // Scores of R rows with sixteen keys (units, 16), times their scales. The order of the additions does
 // not depend on R, here and below, so that a token's result does not depend on its tile.
@@ -136,9 +141,8 @@ void score_tile(const Shape& s, const Tile& tile, const Pages<Element>& keys, co
                 float* scores, int64_t stride, float* columns) {
     const int64_t units = s.dim / kElements;
     for (int64_t start = tile.begin(); start < tile.last(); start += kKeys) {
-        int64_t rows[kKeys], next[kKeys];  // scores of keys beyond the last are not looked at
-        keys.find(s, start, tile.last(), kKeys, rows);
-        keys.find(s, start + kKeys, tile.last(), kKeys, next);
+        // Scores of keys beyond the last are not looked at.
+        const int64_t *rows = keys.at(tile, start), *next = rows + kKeys;
         for (int64_t half = 0; half < kKeys; half += 8)
             for (int64_t u = 0; u < units; u += 8) {
                 Eight eight[8];
@@ -280,9 +284,7 @@ void mix_tile(const Shape& s, const Tile& tile, const Pages<Element>& pages, con
               int64_t stride, float* mixed, float* converted) {
     for (int64_t start = tile.begin(); start < tile.last(); start += kValues) {
         const int64_t count = std::min(kValues, tile.last() - start);
-        int64_t rows[kValues], next[kValues];
-        pages.find(s, start, tile.last(), kValues, rows);
-        pages.find(s, start + kValues, tile.last(), kValues, next);
+        const int64_t *rows = pages.at(tile, start), *next = rows + kValues;
         const Stored<Element> stored{pages, rows, s.dim};
         const bool once = tile.tokens * s.share <= kMixRows;
         for (int64_t j = 0; j < count; ++j)
@@ -329,7 +331,8 @@ void attend(const Attention& a) {
                              a.context_lens[i] - end + token + 1, a.window});
     }
     const int64_t rows = each * s.share, units = s.dim / kElements;
-    const int64_t parts[] = {rows * stride, rows * s.dim, kValues * s.dim, kKeys * units,
+    const int64_t places = (stride + kBeyond) * int64_t(sizeof(int64_t) / sizeof(float));
+    const int64_t parts[] = {places, rows * stride, rows * s.dim, kValues * s.dim, kKeys * units,
                              rows * units};
     const int64_t size = std::accumulate(std::begin(parts), std::end(parts), int64_t{0});
     const int64_t rounded = (size + 15) / 16 * 16;
@@ -337,11 +340,13 @@ void attend(const Attention& a) {
     // Neighbouring items are the tiles of one KV head, whose keys stay in cache.
     const auto count = static_cast<int64_t>(tiles.size()), items = count * s.kv_heads;
     parallel_for(items, a.threads, [&](int64_t item, int thread) {
-        float* scores = all_buffers.get() + thread * rounded;
-        float* mixed = scores + parts[0];
-        float* values = mixed + parts[1];
-        float* columns = values + parts[2];
-        float* queries = columns + parts[3];
+        float* buffer = all_buffers.get() + thread * rounded;
+        auto* in_cache = reinterpret_cast<int64_t*>(buffer);
+        float* scores = buffer + parts[0];
+        float* mixed = scores + parts[1];
+        float* values = mixed + parts[2];
+        float* columns = values + parts[3];
+        float* queries = columns + parts[4];
         const Tile& tile = tiles[item % count];
         const int64_t head = item / count, tile_rows = tile.tokens * s.share;
         const auto place = [&](int64_t r) { return head * s.share + r % s.share; };
@@ -357,9 +362,8 @@ void attend(const Attention& a) {
             store_query(queries + r * units,
                         a.q + (tile.token + r / s.share) * a.q_stride + place(r) * s.dim,
                         s.dim);
-        const int32_t* table = a.block_tables + tile.seq * a.max_blocks;
-        const Pages<Element> keys{static_cast<const Element*>(a.k_cache), a.k_scales, table,
-                                  head};
+        find_rows(s, tile, a.block_tables + tile.seq * a.max_blocks, head, in_cache);
+        const Pages<Element> keys{static_cast<const Element*>(a.k_cache), a.k_scales, in_cache};
         score_tile(s, tile, keys, queries, scores, stride, columns);
         for (int64_t r = 0; r < tile_rows; ++r) {
             const int64_t t = r / s.share, begin = tile.begin_of(t);
@@ -367,8 +371,7 @@ void attend(const Attention& a) {
                     a.softcap, a.sinks ? a.sinks + place(r) : nullptr);
         }
         std::fill(mixed, mixed + tile_rows * s.dim, 0.0f);
-        const Pages<Element> pages{static_cast<const Element*>(a.v_cache), a.v_scales, table,
-                                   head};
+        const Pages<Element> pages{static_cast<const Element*>(a.v_cache), a.v_scales, in_cache};
         mix_tile(s, tile, pages, scores, stride, mixed, values);
         for (int64_t r = 0; r < tile_rows; ++r)
             for (int64_t i = 0; i < s.dim; i += 16)

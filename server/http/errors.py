@@ -13,6 +13,7 @@ from pydantic_core import to_json
 from nybble.engine import (
     AdapterConflictError,
     AdapterError,
+    AdapterReplacedError,
     AdapterUnavailableError,
     ContextLengthError,
     DisallowedTokenError,
@@ -157,6 +158,8 @@ def as_api_error(error: Exception, request_id: str) -> ApiError:
         return ApiError(400, in_flags(error), param="lora_path", code="invalid_adapter")
     if isinstance(error, AdapterUnavailableError):
         return ApiError(503, str(error), code="adapter_unavailable")
+    if isinstance(error, AdapterReplacedError):  # clients try again after a 5xx by themselves
+        return ApiError(503, str(error), code="adapter_replaced")
     if isinstance(error, EngineOverloadedError):
         return ApiError(429, str(error), code="overloaded", retry_after=retry_after.BUSY)
     if isinstance(error, OutOfMemoryError):

@@ -45,8 +45,8 @@ KINDS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize(
     ("format", "tied"),
     [
-        ("bf16", True),
         ("nf4", False),
+        pytest.param("bf16", True, marks=pytest.mark.slow),
         pytest.param("bf16", False, marks=pytest.mark.slow),
         pytest.param("nf4", True, marks=pytest.mark.slow),
     ],

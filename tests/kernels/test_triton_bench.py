@@ -42,6 +42,7 @@ def test_sections_run_through_the_interpreter_and_leave_their_results(
         assert {row["graphs"] for row in found["decode"]["decode"]} == {True, False}
 
 
+@pytest.mark.slow
 def test_a_section_that_fails_is_named_and_the_next_one_runs() -> None:
     done = run("--only", "lora,step")  # without --dry-run they need a GPU
     assert done.returncode == 1

@@ -238,6 +238,31 @@ def test_an_adapter_that_goes_while_its_request_is_read_does_not_exist(
     serve(engine, root, scenario)
 
 
+def test_an_adapter_that_gets_other_tokens_while_its_request_is_read_is_asked_for_again(
+    engine: Engine,
+    root: Path,
+    tiny_token_adapter: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The prompt's tokens are those of the adapter that was: clients send it again after a 503."""
+    generate = engine.generate
+
+    def replace_first(request: Request) -> AsyncGenerator[RequestOutput]:
+        engine.load_adapter("one", str(tiny_token_adapter()), replace=True)
+        return generate(request)
+
+    async def scenario(client: Client) -> None:
+        await load(client, "one", "one")
+        with monkeypatch.context() as patch:
+            patch.setattr(engine, "generate", replace_first)
+            error = await refused(client, COMPLETIONS, {**ASK, "model": "one"}, 503)
+        assert (error["code"], error["param"]) == ("adapter_replaced", None)
+        answer = await client.post(COMPLETIONS, json={**ASK, "model": "one"})
+        assert answer.status == 200
+
+    serve(engine, root, scenario)
+
+
 def test_loading_replacing_and_unloading(engine: Engine, root: Path) -> None:
     async def scenario(client: Client) -> None:
         info = await load(client, "a", "one")
