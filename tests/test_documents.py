@@ -179,7 +179,7 @@ def test_the_example_of_a_family_is_what_the_repository_has() -> None:
     text = (DOCS / "adding-a-model.md").read_text(encoding="utf-8")
     file, row = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
     assert file == (ROOT / "models/qwen3.py").read_text(encoding="utf-8")
-    assert row in (ROOT / "tests/models/test_families.py").read_text(encoding="utf-8").replace(
+    assert row in (ROOT / "tests/models/families.py").read_text(encoding="utf-8").replace(
         "\n    ", "\n"
     )
 
