@@ -7,7 +7,7 @@ are transformed, which nothing here computes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from nybble.loaders.formats.settings import Settings
@@ -54,16 +54,33 @@ _KNOWN = {
 }
 
 
+# Where a module's own settings stand, by its name or a pattern of names: GPTQModel, auto-round.
+_OF_MODULES = ("dynamic", "extra_config")
+
+
 def refuse_transforms(settings: Settings, read: frozenset[str]) -> None:
     """Raises CheckpointError for a setting by which weights or inputs are transformed.
 
     read: fields of such a name that the format looks into itself.
     """
-    for name, value in settings.items():
-        if value and name not in read and any(part in name.lower() for part in _TRANSFORMED):
-            raise settings.refuse(name, "none: rotations and transforms are not supported")
+    for part in [settings, *_of_modules(settings, settings.source)]:
+        for name, value in part.items():
+            if value and name not in read and any(word in name.lower() for word in _TRANSFORMED):
+                raise part.refuse(name, "none: rotations and transforms are not supported")
 
 
 def unknown_settings(settings: Mapping[str, Any]) -> list[str]:
-    """The names of fields that are set and that nothing here knows."""
-    return sorted(name for name, value in settings.items() if value and name not in _KNOWN)
+    """The names of fields that are set and that nothing here knows, also of single modules."""
+    parts = [settings, *_of_modules(settings)]
+    return sorted(
+        {name for part in parts for name, value in part.items() if value and name not in _KNOWN}
+    )
+
+
+def _of_modules(settings: Mapping[str, Any], source: str = "") -> Iterator[Settings]:
+    """What is set for some modules; what is no object, the format refuses as it reads it."""
+    for table in _OF_MODULES:
+        if isinstance(found := settings.get(table), Mapping):
+            for name, own in found.items():
+                if isinstance(own, Mapping):
+                    yield Settings(own, f"{source}: {table} {name!r}")

@@ -116,6 +116,24 @@ def test_transforms_are_refused_in_every_format(tmp_path: Path, given: dict[str,
                 format_of(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("method", "table"), [("gptq", "dynamic"), ("auto-round", "extra_config")], ids=str
+)
+def test_a_modules_own_transform_is_refused_and_its_unknown_settings_are_told_of(
+    tmp_path: Path, method: str, table: str
+) -> None:
+    config = {"quant_method": method, "bits": 4}
+    own: dict[str, Any] = {"bits": 8, "permuted": "rows"}
+    folder_with(tmp_path, config={"quantization_config": config | {table: {".*up_proj": own}}})
+    format = format_of(tmp_path)
+    assert format is not None
+    assert unknown_settings(format.settings) == ["permuted"]
+    own["rotation"] = "hadamard"
+    folder_with(tmp_path, config={"quantization_config": config | {table: {".*up_proj": own}}})
+    with pytest.raises(CheckpointError, match=rf"{table} '.\*up_proj': rotation is 'hadamard'"):
+        format_of(tmp_path)
+
+
 def test_an_unknown_setting_is_told_of_once(
     tmp_path: Path, tiny_model: Callable[..., Path], caplog: pytest.LogCaptureFixture
 ) -> None:
