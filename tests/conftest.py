@@ -74,31 +74,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def products_are_as_of_tensor_cores() -> Iterator[None]:
-    """An element of an interpreted product is the same wherever in the block it stands.
+    """An element of an interpreted product is the same wherever in the block it stands."""
+    with pytest.MonkeyPatch.context() as patch:
+        if interpreter := sys.modules.get("triton.runtime.interpreter"):  # a test has a kernel
+            from nybble.kernels.bench.interpreted import dot_in_float64
 
-    The interpreter multiplies by BLAS, whose sums have another order in another column on CPUs with
-    AVX2 alone. In float64 products of 16-bit floats are exact, and what their sums lose is far
-    below a float32, in any order.
-    """
-    interpreter = sys.modules.get("triton.runtime.interpreter")
-    if interpreter is None:  # no test here has a kernel
+            builder = interpreter.InterpreterBuilder
+            patch.setattr(builder, "create_dot", dot_in_float64(interpreter))
         yield
-        return
-    builder, handle = interpreter.InterpreterBuilder, interpreter.TensorHandle
-    given = builder.create_dot
-
-    def create_dot(self: Any, a: Any, b: Any, d: Any, *options: Any) -> Any:
-        if d.data.dtype != "float32":
-            return given(self, a, b, d, *options)
-        nothing = d.data.astype("float64")
-        nothing[...] = 0
-        nothing = handle(nothing, interpreter.tl.float64)
-        found = given(self, a, b, nothing, *options).data.astype("float32")
-        return handle(found + d.data, d.dtype.scalar)
-
-    builder.create_dot = create_dot
-    yield
-    builder.create_dot = given
 
 
 def pytest_collection_finish() -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from nybble.kernels.bench import gpu_section
@@ -31,6 +32,7 @@ from nybble.engine.runner import ModelRunner
 from nybble.engine.scheduler import ScheduledSequence
 from nybble.kernels import DenseWeight, PackedWeight
 from nybble.kernels.bench.gpu_decode import random_weights, sequences
+from nybble.loaders import Checkpoint
 
 _CONTEXT, _ROOM = 40, 8
 
@@ -43,6 +45,7 @@ class RandomCheckpoint:
     dtype: torch.dtype
     device: str
     format: str = "packed"
+    folder: Path = Path("random weights")
 
     @property
     def config(self) -> LlamaConfig:
@@ -60,7 +63,7 @@ def run(section: Section) -> None:
         torch.device("cuda", min(rank, gpus - 1)) if gpus else section.device for rank in (0, 1)
     ]
     shape = dict(TINY) if section.dry else LLAMA_2_13B | {"num_hidden_layers": 2}
-    checkpoint = RandomCheckpoint(shape, torch.bfloat16, section.device.type)
+    checkpoint: Checkpoint = RandomCheckpoint(shape, torch.bfloat16, section.device.type)
     config = EngineConfig(device=section.device.type, max_num_seqs=4, max_batched_tokens=64)
     expected = steps(decoder_of(checkpoint, ALONE, section), config)
     ranks = Ranks(devices)
@@ -83,12 +86,12 @@ def run(section: Section) -> None:
         ranks.close()
 
 
-def decoder_of(checkpoint: RandomCheckpoint, group: TensorParallel, section: Section) -> Decoder:
+def decoder_of(checkpoint: Checkpoint, group: TensorParallel, section: Section) -> Decoder:
     return Decoder(
         architecture_of(checkpoint.config),
         checkpoint.weights(),
         device=section.device,
-        dtype=checkpoint.dtype,
+        dtype=torch.bfloat16,
         max_model_len=_CONTEXT + _ROOM,
         group=group,
     )

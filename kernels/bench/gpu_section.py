@@ -139,6 +139,12 @@ def main(name: str, run: Callable[[Section], None], minutes: float) -> int:
     if not dry and not torch.cuda.is_available():
         print("no GPU: this measures one (try --dry-run)", file=sys.stderr)
         return 2
+    if dry:
+        from triton.runtime import interpreter
+
+        from nybble.kernels.bench.interpreted import dot_in_float64
+
+        interpreter.InterpreterBuilder.create_dot = dot_in_float64(interpreter)
     device = torch.device("cpu") if dry else torch.device("cuda", 0)
     start = time.monotonic()
     section = Section(name, device, dry, start + 60 * arguments.minutes, arguments.out)
