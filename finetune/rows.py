@@ -46,11 +46,14 @@ def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 try:
                     # Refuses deep nesting, and half a surrogate pair, which tokenizers cannot take.
                     row = from_json(line.decode("utf-8"), allow_inf_nan=False)
-                    row_kind(row)
                 except ValueError as error:
                     # A row is one line, and the message states its number already.
                     reason = str(error).replace(" at line 1 column ", " at column ")
-                    raise DataError(path, number, reason) from None
+                    raise DataError(path, number, f"not valid JSON: {reason}") from None
+                try:
+                    row_kind(row)
+                except ValueError as error:
+                    raise DataError(path, number, str(error)) from None
                 yield number, row
     except OSError as error:
         raise DataError(path, None, f"cannot be read: {error}") from error

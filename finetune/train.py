@@ -41,6 +41,12 @@ from nybble.quantizers.packed_model import PackedLinear, load_packed_model, trai
 
 logger = logging.getLogger(__name__)
 
+# Of a run whose losses never fell below that of the base.
+NOTHING_LEARNED = (
+    "no evaluation was better than the start, so the adapter changes nothing: try a lower learning "
+    "rate, or data that the base does not say already"
+)
+
 _ROWS_AT_A_TIME = 256  # tokens whose logits are in memory at once
 CHECKPOINT = "checkpoint.pt"
 
@@ -109,12 +115,15 @@ class Progress:
 class FinetuneResult:
     """The losses of a run; the adapter saved is the one at ``best_step``.
 
+    steps: of the whole run; ``history`` ends earlier if patience did.
+    best_step: 0 if nothing was better than the start; the adapter then changes nothing.
     tokens: read for training; every epoch counts.
     base_bytes: bytes of the frozen model.
     peak_bytes: the peak memory of this process: the GPU's if it trains on one, else resident.
     """
 
     history: tuple[Point, ...]
+    steps: int
     best_step: int
     best_eval_loss: float
     trained_parameters: int
@@ -272,6 +281,7 @@ class _Run:
         (out / CHECKPOINT).unlink(missing_ok=True)
         return FinetuneResult(
             history=tuple(self._history),
+            steps=self.steps,
             best_step=self._best_step,
             best_eval_loss=self._best_loss,
             trained_parameters=sum(

@@ -37,6 +37,7 @@ from nybble.server.files.routes import FileRoutes
 from nybble.server.files.storage import FilesCollector, Storage
 from nybble.server.http.browsers import BrowserGuard, require_json
 from nybble.server.http.cors import WARNING
+from nybble.server.http.errors import ApiError
 from nybble.server.http.gate import Gate
 from nybble.server.http.paths import OtherSpellings, matched_path
 from nybble.server.lifecycle.settings import ServerSettings
@@ -178,12 +179,35 @@ def make_app(
         for service in services:
             app.add_routes(service.routes())
             app.cleanup_ctx.append(service.lifespan)
+    for path, options in _switched_off(settings).items():
+        app.router.add_route("*", path + "{rest:(/.*)?}", _tell_of(options))
     app.router.register_resource(OtherSpellings(app.router, settings.root_path))
     app.on_response_prepare.append(_send_record)
     if cors is not None:
         app.on_response_prepare.append(cors.send)
     app.on_response_prepare.append(_send_limits(limits))
     return app
+
+
+def _switched_off(settings: ServerSettings) -> dict[str, str]:
+    """Paths that this server lacks, with the options that give it them."""
+    training = settings.storage is not None and settings.training is not None
+    batches = settings.storage is not None and settings.batches
+    missing = {}
+    if not training:
+        missing["/v1/fine_tuning/jobs"] = "--fine-tuning"
+    if not batches:
+        missing["/v1/batches"] = "--batches"
+    if not training and not batches:
+        missing["/v1/files"] = "--batches or --fine-tuning"
+    return missing
+
+
+def _tell_of(options: str) -> Handler:
+    async def refuse(request: web.Request) -> web.StreamResponse:
+        raise ApiError(404, f"this server was started without {options}", code="not_found")
+
+    return refuse
 
 
 def _resolver(engine: Engine, settings: ServerSettings) -> AdapterResolver | None:

@@ -78,7 +78,7 @@ def merge_and_report(
         device=device,
         folder=folders[0] if len(folders) == 1 else None,
     )
-    print(f"{target}: {len(layers)} layers merged")
+    print(f"{target}: {len(layers)} layers merged", flush=True)  # measuring may take minutes
     if layers:
         _print_layers(layers)
     divergence = merge_divergence(source, adapter, target, measured, device=device, progress=True)

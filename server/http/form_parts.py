@@ -27,7 +27,7 @@ async def parts(request: web.Request, known: Collection[str]) -> AsyncIterator[B
     below raise 408 if nothing arrives for a minute.
     """
     if request.content_type != "multipart/form-data":
-        raise ApiError(400, f"expected multipart/form-data with {' and '.join(known)}")
+        raise ApiError(400, f"expected multipart/form-data, of parts named {', '.join(known)}")
     form = await _read(request.multipart())
     while (part := await _read(form.next())) is not None:
         name = getattr(part, "name", None) or "a part without a name"

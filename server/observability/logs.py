@@ -60,6 +60,7 @@ def configure(level: str, format: LogFormat) -> None:
     logging.basicConfig(level=level.upper(), handlers=[handler])
     logging.captureWarnings(format == "json")
     logging.getLogger("aiohttp.server").addFilter(_without_its_bytes)
+    logging.getLogger("torch").setLevel(max(logging.WARNING, logging.root.level))  # its statistics
 
 
 def _without_its_bytes(record: logging.LogRecord) -> bool:

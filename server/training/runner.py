@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from nybble.finetune import Progress
-from nybble.finetune.train import Point
+from nybble.finetune.train import NOTHING_LEARNED, Point
 from nybble.server.files.database import until_recorded
 from nybble.server.files.files import Files
 from nybble.server.observability.logs import LogEvent
@@ -247,6 +247,8 @@ class Runner:
         try:
             self._publish(job, model)
             self._jobs.tell(job, f"New fine-tuned model created: {model}")
+            if not done["best"]["step"]:
+                self._jobs.tell(job, NOTHING_LEARNED, level="warn")
             succeeded = self._jobs.move(
                 job,
                 "succeeded",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -14,6 +14,9 @@ from nybble.server.cli.model_path import require_model
 from nybble.server.cli.options import DataArgument, ModelArgument, OutArgument
 from nybble.server.cli.plotting import require_plot
 from nybble.server.lifecycle.options import AliasesOption, DeviceOption
+
+if TYPE_CHECKING:
+    from nybble.finetune.train import FinetuneResult
 
 # Options by the panel that `--help` shows them in.
 _training = partial(typer.Option, rich_help_panel="Training")
@@ -74,6 +77,7 @@ def finetune(
         from nybble.engine import resolve_device
         from nybble.finetune import FinetuneSettings, LoRASettings, plot_losses
         from nybble.finetune import finetune as train
+        from nybble.finetune.train import NOTHING_LEARNED
         from nybble.loaders import resolve_model
 
         lora = LoRASettings(
@@ -110,14 +114,21 @@ def finetune(
         )
         print(
             f"Wrote {out}: held-out loss {result.history[0].eval_loss:.3f} → "
-            f"{result.best_eval_loss:.3f} at step {result.best_step}, "
+            f"{result.best_eval_loss:.3f} at step {result.best_step} of {_made(result)}, "
             f"{result.trained_parameters:,} parameters; peak memory "
             f"{result.peak_bytes / 2**20:,.0f} MiB, of which the base's weights "
             f"{result.base_bytes / 2**20:,.0f}",
             file=sys.stderr,
         )
+        if not result.best_step:
+            print(f"warning: {NOTHING_LEARNED}", file=sys.stderr)
         if plot is not None:
             plot_losses({out.name: result.history}, plot)
+
+
+def _made(result: FinetuneResult) -> str:
+    made = result.history[-1].step
+    return str(made) if made == result.steps else f"{made} ({result.steps} but for --patience)"
 
 
 def _names(text: str) -> tuple[str, ...]:

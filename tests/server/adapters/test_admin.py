@@ -244,17 +244,18 @@ def test_an_adapter_that_gets_other_tokens_while_its_request_is_read_is_asked_fo
     tiny_token_adapter: Callable[..., Path],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The prompt's tokens are those of the adapter that was: clients send it again after a 503."""
-    generate = engine.generate
+    """Its tokens are those of the adapter that was: clients send it again after a 503."""
+    read = engine._new_sequence
 
-    def replace_first(request: Request) -> AsyncGenerator[RequestOutput]:
-        engine.load_adapter("one", str(tiny_token_adapter()), replace=True)
-        return generate(request)
+    def read_then_replace(request: Request) -> Any:
+        sequence = read(request)
+        engine.load_adapter("one", str(tiny_token_adapter()))
+        return sequence
 
     async def scenario(client: Client) -> None:
         await load(client, "one", "one")
         with monkeypatch.context() as patch:
-            patch.setattr(engine, "generate", replace_first)
+            patch.setattr(engine, "_new_sequence", read_then_replace)
             error = await refused(client, COMPLETIONS, {**ASK, "model": "one"}, 503)
         assert (error["code"], error["param"]) == ("adapter_replaced", None)
         answer = await client.post(COMPLETIONS, json={**ASK, "model": "one"})

@@ -129,6 +129,27 @@ def test_a_request_without_a_model_is_for_the_base_model(
     run(engine, scenario)
 
 
+@pytest.mark.parametrize(
+    ("path", "options"),
+    [
+        ("/v1/files", "--batches or --fine-tuning"),
+        ("/v1/batches/batch_1", "--batches"),
+        ("/v1/fine_tuning/jobs", "--fine-tuning"),
+    ],
+)
+def test_what_is_switched_off_names_the_option_that_switches_it_on(
+    engine: Engine, path: str, options: str
+) -> None:
+    async def scenario(client: Client) -> None:
+        for ask in (client.get, client.post):
+            async with ask(path) as response:
+                error = (await response.json())["error"]
+                assert (response.status, error["code"]) == (404, "not_found")
+                assert error["message"] == f"this server was started without {options}"
+
+    run(engine, scenario)
+
+
 def test_missing_unknown_and_too_much_have_codes_of_their_own(engine: Engine) -> None:
     async def scenario(client: Client) -> None:
         cases = [

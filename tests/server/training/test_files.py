@@ -80,12 +80,15 @@ def test_a_tenant_without_the_right_and_an_unknown_key_are_refused(site: Site) -
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (chat_lines(2) + b'\n{"messages": [}', "line 3: "),
+        (chat_lines(2) + b'\n{"messages": [}', "line 3: not valid JSON: "),
         (b'{"text": "a"}\n\n[1]\n{"text": 5}', "line 3: expected an object with 'messages'"),
-        (b'{"text": "a"}\n{"text": "\xff"}', "line 2: 'utf-8' codec"),
+        (b'{"text": "a"}\n{"text": "\xff"}', "line 2: not valid JSON: 'utf-8' codec"),
         (b'{"messages": [{"role": "user", "content": "x"}]}', "line 1: there is no assistant"),
-        (b'{"a": ' + b"[" * 100_000, "line 1: recursion limit exceeded at column 207"),
-        (b'{"text": "\\ud800"}', "line 1: unexpected end of hex escape"),
+        (
+            b'{"a": ' + b"[" * 100_000,
+            "line 1: not valid JSON: recursion limit exceeded at column 207",
+        ),
+        (b'{"text": "\\ud800"}', "line 1: not valid JSON: unexpected end of hex escape"),
         (b'{"text": "' + b"a" * (5 << 20) + b'"}', "line 1: longer than"),
         (b"\n\n", "the file has no examples"),
         (b"", "the file has no examples"),
