@@ -35,10 +35,15 @@ def read_config(context: typer.Context, path: Path | None) -> Path | None:
             near = difflib.get_close_matches(name, options, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise typer.BadParameter(f"{path}: there is no option {key!r}{hint}")
-        parameter = options[name]
+        parameter: Any = options[name]
         if parameter.name in defaults:
             raise typer.BadParameter(f"{path}: {key!r} is there twice, with - and with _")
-        defaults[str(parameter.name)] = _value(f"{path}: {key!r}", parameter, value)
+        where = f"{path}: {key!r}"
+        given = defaults[str(parameter.name)] = _value(where, parameter, value)
+        try:
+            parameter.type_cast_value(context, given)
+        except typer.BadParameter as error:  # of a flag, which is not where the value stands
+            raise typer.BadParameter(f"{where} is {value!r}: {error.message}") from None
     context.default_map = defaults
     return path
 

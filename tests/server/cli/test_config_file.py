@@ -85,7 +85,7 @@ def test_the_argument_is_a_flag_that_wins_too(tmp_path: Path, launched: list[Ser
         ("help = true", "there is no option 'help'"),
         ("config = 'x'", "there is no option 'config'"),
         ("port = [1, 2]", "'port' is [1, 2], expected one value"),
-        ("port = 80.5", "--port"),
+        ("port = 80.5", "'port' is 80.5: "),
         ("port = true", "'port' is True, expected one value"),
         ("enable-lora = 'yes'", "expected true or false"),
         ("max-num-seqs = 1\nmax_num_seqs = 2", "is there twice"),
