@@ -16,7 +16,8 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether an allocation failed, on the host or on the device."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
-    return isinstance(error, RuntimeError) and _CPU_ALLOCATOR in str(error)
+    # Errors derived from it may quote what another process lacked.
+    return type(error) is RuntimeError and _CPU_ALLOCATOR in str(error)
 
 
 def describe(error: BaseException) -> str:

@@ -103,7 +103,9 @@ class Failed:
 
 @dataclass(frozen=True)
 class Lost:
-    """Another rank is gone, which knows why."""
+    """Another rank is gone, which knows why; text: what was seen of it."""
+
+    text: str = ""
 
 
 class Rank:
@@ -239,8 +241,8 @@ def main(place: Place, commands: Connection, reports: Connection) -> None:
                 report(answer)
     except EOFError:
         pass
-    except PeerLostError:
-        report(Lost())
+    except PeerLostError as error:
+        report(Lost(f"rank {place.rank}: {describe(error)}"))
     except BaseException as error:
         code = 1
         report(Failed(f"rank {place.rank}: {describe(error)}", traceback.format_exc()))

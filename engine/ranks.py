@@ -262,7 +262,8 @@ class Ranks(NoRanks):
                 found += [each for each in _received(reports) if isinstance(each, Failed | Lost)]
         found += [each for each in map(_ending, self._processes) if each is not None]
         failed = [each for each in found if isinstance(each, Failed)]
-        lost = Failed("a rank has lost the others", "")
+        seen = next((each.text for each in found if isinstance(each, Lost) and each.text), "")
+        lost = Failed("a rank has lost the others" + (seen and f"; {seen}"), "")
         # Killed processes leave no report: theirs come last and are the cause.
         cause = next((each for each in failed if each.killed), (failed or [lost])[0])
         if cause.traceback:

@@ -41,7 +41,7 @@ def read_config(context: typer.Context, path: Path | None) -> Path | None:
         where = f"{path}: {key!r}"
         given = defaults[str(parameter.name)] = _value(where, parameter, value)
         try:
-            parameter.type_cast_value(context, given)
+            parameter.process_value(context, given)
         except typer.BadParameter as error:  # of a flag, which is not where the value stands
             raise typer.BadParameter(f"{where} is {value!r}: {error.message}") from None
     context.default_map = defaults

@@ -26,6 +26,7 @@ from nybble.engine import (
     SamplingParams,
 )
 from nybble.engine.failure import Restarts, describe, is_out_of_memory
+from nybble.engine.ranks import RankFailedError
 from nybble.loaders import open_checkpoint
 
 CONFIG = EngineConfig(
@@ -237,6 +238,13 @@ def test_without_memory_for_a_step_only_its_largest_request_ends(
         stats = engine.stats()
         assert stats.kv_blocks_free == stats.kv_blocks_total
         assert stats.failures == 0
+
+
+def test_that_another_rank_had_no_memory_fails_the_engine() -> None:
+    """A step cannot be computed again without that rank, though the error quotes the allocator."""
+    assert not is_out_of_memory(
+        RankFailedError("rank 1: RuntimeError: DefaultCPUAllocator: can't allocate memory")
+    )
 
 
 def test_with_no_memory_at_all_each_request_ends_and_the_engine_does_not(

@@ -63,7 +63,7 @@ def test_drafts_change_no_answer_and_compile_nothing(
             drafter = speculation._drafter
             assert isinstance(drafter, HeadDrafter)
             if not graphs:
-                engine._runner._graphs = None
+                engine._runner._graphs = engine._runner._mixed = None
             draft, found = drafter.draft, []
 
             def late(limits: Any, worth: Any, draft: Any = draft, found: list[Any] = found) -> Any:

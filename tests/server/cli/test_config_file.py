@@ -91,7 +91,7 @@ def test_the_argument_is_a_flag_that_wins_too(tmp_path: Path, launched: list[Ser
         ("max-num-seqs = 1\nmax_num_seqs = 2", "is there twice"),
         ("[model]\nname = 'x'", "expected one value"),
         ("port 8000", "cannot be read as TOML"),
-        ("log-level = 'loud'", "--log-level"),
+        ("log-level = 'loud'", "'log-level' is 'loud': "),
     ],
 )
 def test_what_is_wrong_with_a_file_is_named(tmp_path: Path, text: str, expected: str) -> None:

@@ -115,7 +115,8 @@ def test_a_form_that_is_not_as_expected_is_refused(site: Site) -> None:
         response = httpx.post(url, headers=headers, **form)
         return response.status_code, response.json()["error"]
 
-    assert post(json={})[1]["message"] == "expected multipart/form-data with purpose and file"
+    expected = "expected multipart/form-data, of parts named purpose, file"
+    assert post(json={})[1]["message"] == expected
     one = ("data.jsonl", chat_lines(1))
     assert post(files={"file": one})[1]["param"] == "purpose"
     assert post(files={"purpose": (None, "fine-tune")})[1]["param"] == "file"

@@ -267,5 +267,5 @@ def test_another_tenants_file_cannot_be_trained_on(site: Site) -> None:
 def test_metrics_and_routes_exist_only_where_it_is_on(site: Site, client: OpenAI) -> None:
     text = httpx.get(f"{site.process.url}/metrics").text
     assert 'nybble_fine_tuning_jobs{status="succeeded"}' in text
-    with pytest.raises(openai.NotFoundError, match="nothing at this path"):
+    with pytest.raises(openai.NotFoundError, match="without --batches or --fine-tuning"):
         client.files.list()
