@@ -180,7 +180,8 @@ def make_app(
             app.add_routes(service.routes())
             app.cleanup_ctx.append(service.lifespan)
     for path, options in _switched_off(settings).items():
-        app.router.add_route("*", path + "{rest:(/.*)?}", _tell_of(options))
+        for pattern in (path, path + "/{rest:.*}"):
+            app.router.add_route("*", pattern, _tell_of(options))
     app.router.register_resource(OtherSpellings(app.router, settings.root_path))
     app.on_response_prepare.append(_send_record)
     if cors is not None:

@@ -121,7 +121,8 @@ def test_a_cancelled_job_stays_cancelled(parts: Parts) -> None:
 
 async def trained(_: Job) -> dict[str, Any]:
     """In place of a worker: what it reports at its end."""
-    return {"done": {"tokens": 5, "best": None, "peak_bytes": 1, "base_bytes": 1}}
+    best = {"step": 0, "train_loss": None, "valid_loss": 3.5}  # nothing was better than the start
+    return {"done": {"tokens": 5, "best": best, "peak_bytes": 1, "base_bytes": 1}}
 
 
 def test_an_adapter_whose_job_fails_at_the_very_end_is_not_served(
@@ -172,4 +173,6 @@ def test_a_disk_that_is_full_for_a_while_ends_no_queue(
 
     asyncio.run(scenario())
     assert parts.served == {"ft:tiny:acme"}
+    warned = [each for each in parts.jobs.events(job, Page(99, None)) if each.level == "warn"]
+    assert ["the adapter changes nothing" in each.message for each in warned] == [True]
     assert "fine-tuning jobs wait 0.01 s: database or disk is full" in caplog.text
