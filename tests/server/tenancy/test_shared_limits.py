@@ -63,6 +63,13 @@ def store(tmp_path: Path) -> Iterator[Store]:
     store.stop()
 
 
+@pytest.fixture(autouse=True)
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A store that is there answers: on a busy machine not always in a quarter of a second, after
+    which a server counts for itself."""
+    monkeypatch.setattr(shared_limits, "_TIMEOUT_SECONDS", 60)
+
+
 def tenant(**limits: Any) -> Tenant:
     return Tenant(name="acme", keys=("sha256:" + "0" * 64,), **limits)
 
@@ -127,7 +134,7 @@ def test_generated_tokens_are_told_later_and_paid_back_everywhere(store: Store) 
 def test_running_requests_are_counted_until_they_end_or_their_server_is_gone(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shared_limits, "_LEASE_SECONDS", 0.6)
+    monkeypatch.setattr(shared_limits, "_LEASE_SECONDS", 3.0)
 
     async def scenario(first: SharedLimiter, second: SharedLimiter) -> None:
         one = tenant(max_concurrency=1)
@@ -135,7 +142,7 @@ def test_running_requests_are_counted_until_they_end_or_their_server_is_gone(
             with pytest.raises(ApiError, match="1 concurrent"):
                 await use(second, one)
             for _ in range(4):  # renewed for as long as the request runs
-                await asyncio.sleep(0.25)
+                await asyncio.sleep(1)
                 await first.flush()
             with pytest.raises(ApiError, match="1 concurrent"):
                 await use(second, one)
@@ -144,7 +151,7 @@ def test_running_requests_are_counted_until_they_end_or_their_server_is_gone(
         await first.admit(one, 1).__aenter__()
         with pytest.raises(ApiError, match="1 concurrent"):
             await use(second, one)
-        await asyncio.sleep(0.7)
+        await asyncio.sleep(3.2)
         await use(second, one)
 
     servers(store, scenario)
