@@ -665,8 +665,8 @@ class Engine:
             raise ParameterError("model", f"this model {kind}: it has no output layer for text")
         if request.pooling is not None:
             params = replace(params, max_tokens=0)
-        ends = self.end_tokens(params, request.adapter)
-        tokens = self.tokens_of(request.adapter)
+        tokens = request.tokens or self.tokens_of(request.adapter)
+        ends = self.end_tokens(params, request.adapter, tokens)
         sampler = SequenceSampler(
             params, prompt, ends=ends, bad_words=_bad_words(params, tokens), vocab=tokens.rows
         )
@@ -679,13 +679,16 @@ class Engine:
             tokens=None if tokens is self.tokens else tokens,
         )
 
-    def end_tokens(self, params: SamplingParams, adapter: str | None = None) -> frozenset[int]:
+    def end_tokens(
+        self, params: SamplingParams, adapter: str | None, tokens: Tokens
+    ) -> frozenset[int]:
         """The tokens that end a sequence with these parameters, of this adapter.
+
+        tokens: of the adapter.
 
         A stop string that is the name of a special token stands for that token, which has no text
         to be found in.
         """
-        tokens = self.tokens_of(adapter)
         eos = frozenset[int]() if params.ignore_eos else tokens.ends
         version = None if self._adapters is None else self._adapters.version(adapter)
         if version is not None and not params.ignore_eos:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from nybble.engine.limits import LIMITS, OutsideLimitError
 from nybble.engine.named_arguments import named_arguments
+from nybble.engine.tokens import Tokens
 
 Embedding = NDArray[np.float32]
 # What is made of a prompt's final hidden states: an embedding of the last one or of their mean, or
@@ -320,6 +321,8 @@ class Request:
     cache_salt: the prefix cache is shared only among requests with the same salt.
     pooling: if set, the output is the prompt's embedding, or its scores, instead of a continuation.
     prediction: tokens that the output probably has, from which drafts may be made.
+    tokens: those that the prompt was read with; None for those that the adapter has when the engine
+        takes the request. An adapter that has others by then cannot serve it.
 
     Raises :class:`ParameterError` for a weight that is not positive and finite, and for parameters
     of several sequences: each is a request, with parameters by :meth:`SamplingParams.of_sequence`.
@@ -336,6 +339,7 @@ class Request:
     cache_salt: str = ""
     pooling: Pooling | None = None
     prediction: tuple[int, ...] = ()
+    tokens: Tokens | None = None
 
     def __post_init__(self) -> None:
         if not 0 < self.weight < float("inf"):

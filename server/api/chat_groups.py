@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from uuid import uuid4
 
-from nybble.engine import BudgetGuide, Engine, Guide, SamplingParams
+from nybble.engine import BudgetGuide, Engine, Guide, SamplingParams, Tokens
 from nybble.server.api.answer_form import AnswerForm
 from nybble.server.api.call import Call
 from nybble.server.api.chat_schema import ChatRequest
@@ -52,50 +52,52 @@ class ChatGroups:
         cut_to_room: a limit of tokens for which there is no room behind the prompt is no error but
             none: the answer may go on to the end of the context.
         """
+        tokens = self._engine.tokens_of(adapter)
         params = body.sampling_params(
             max_tokens=body.limit,
             logprobs=(body.top_logprobs or 0) if body.logprobs else None,
             defaults=self._engine.defaults_for(adapter),
         )
-        token_ids, form = await self.prompt(body, adapter)
+        token_ids, form = await self.prompt(body, adapter, tokens)
         params = replace(params, shown_special_tokens=form.shown_special_tokens)
         token_ids = body.truncated(token_ids, room_for(self._engine, params))
         room = self._engine.max_model_len - len(token_ids)
         if cut_to_room and params.max_tokens is not None and params.max_tokens > room:
             params = replace(params, max_tokens=None)
-        self._engine.check(token_ids, params, self._engine.tokens_of(adapter))
+        self._engine.check(token_ids, params, tokens)
         guide = self._limited(
             body,
             form,
             await guide_of(
-                self._texts.of(adapter).grammars,
+                self._texts.of(tokens).grammars,
                 self._compiling,
                 body,
                 call.record,
                 body.response_format,
                 form,
             ),
-            adapter,
+            tokens,
         )
         group = SequenceGroup(
             f"{prefix}{uuid4().hex}",
             (token_ids,),
             params,
+            tokens,
             guide,
             adapter,
             call.tenant,
             body.timeout,
             body.priority or 0,
             body.cache_salt or "",
-            prediction=await self._predicted(body, adapter),
+            prediction=await self._predicted(body, tokens),
         )
         return group, form
 
     async def prompt(
-        self, body: ChatRequest, adapter: str | None
+        self, body: ChatRequest, adapter: str | None, tokens: Tokens
     ) -> tuple[tuple[int, ...], AnswerForm]:
-        """The token ids of a chat's prompt, and how it is answered."""
-        own, text = OwnTemplates.of(adapter, self._engine), self._texts.of(adapter)
+        """The token ids of a chat's prompt, and how it is answered. tokens: of the adapter."""
+        own, text = OwnTemplates.of(adapter, self._engine), self._texts.of(tokens)
         dialect = self._dialects.of(text.prompts.template(body, own, tools=bool(body.tools)))
         tools = tools_of(body, dialect, text.markers, body.model)
         prompt = await text.prompts.chat(
@@ -119,7 +121,7 @@ class ChatGroups:
         return prompt.token_ids, form
 
     def _limited(
-        self, body: ChatRequest, form: AnswerForm, guide: Guide | None, adapter: str | None
+        self, body: ChatRequest, form: AnswerForm, guide: Guide | None, tokens: Tokens
     ) -> Guide | None:
         """``guide``, and the end of reasoning that has had its tokens, if the request limits it."""
         budget = body.thinking_token_budget
@@ -133,17 +135,16 @@ class ChatGroups:
                 param="thinking_token_budget",
                 code="unsupported_parameter",
             )
-        limit = form.limit(budget, self._texts.of(adapter).prompts.markers)
-        tokens = self._engine.tokens_of(adapter)
+        limit = form.limit(budget, self._texts.of(tokens).prompts.markers)
         return BudgetGuide(limit, tokens.vocabulary, tokens.rows, guide)
 
-    async def _predicted(self, body: ChatRequest, adapter: str | None) -> tuple[int, ...] | None:
+    async def _predicted(self, body: ChatRequest, tokens: Tokens) -> tuple[int, ...] | None:
         """The tokens of the answer that the client expects; none if they are not drafted."""
         if body.prediction is None:
             return None
         if self._engine.draft_method != "ngram":
             return ()
-        return await self._texts.of(adapter).prompts.encode(
+        return await self._texts.of(tokens).prompts.encode(
             body.prediction.text, special_tokens=False, any_length=True
         )
 

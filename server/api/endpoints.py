@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any, TypeVar
 from uuid import uuid4
 
-from nybble.engine import Engine, SamplingParams
+from nybble.engine import Engine, SamplingParams, Tokens
 from nybble.server.api.call import Call
 from nybble.server.api.chat import ChatFormatter
 from nybble.server.api.chat_groups import ChatGroups, room_for
@@ -89,7 +89,7 @@ class Endpoints:
             group.id,
             body,
             int(time.time()),
-            self._logprobs(body, group.params, adapter),
+            self._logprobs(body, group),
             form,
             group.prompts,
             body.echoed,
@@ -101,12 +101,12 @@ class Endpoints:
     ) -> tuple[SequenceGroup, CompletionFormatter]:
         body = self._named(body)
         adapter = await self._adapter(body, call)
-        defaults = self._engine.defaults_for(adapter)
+        tokens, defaults = self._engine.tokens_of(adapter), self._engine.defaults_for(adapter)
         params = body.sampling_params(body.limit, body.logprobs, defaults)
         parse_special = body.parse_special is not False  # rendered chat templates contain markers
-        text = self._texts.of(adapter)
+        text = self._texts.of(tokens)
         prompts = await self._encoded(
-            body, body.prompts, params, adapter, parse_special=parse_special
+            body, body.prompts, params, tokens, parse_special=parse_special
         )
         echoes = None
         if body.echo:
@@ -121,6 +121,7 @@ class Endpoints:
             f"cmpl-{uuid4().hex}",
             tuple(prompts),
             params,
+            tokens,
             guide,
             adapter,
             call.tenant,
@@ -128,7 +129,7 @@ class Endpoints:
             body.priority or 0,
             body.cache_salt or "",
         )
-        logprobs = self._logprobs(body, params, adapter)
+        logprobs = self._logprobs(body, group)
         return group, CompletionFormatter(
             group.id, body, int(time.time()), logprobs, echoes, group.prompts
         )
@@ -147,13 +148,15 @@ class Endpoints:
                 code="unsupported_parameter",
             )
         self._require_size(body.dimensions)
+        tokens = self._engine.tokens_of(adapter)
         params = SamplingParams(max_tokens=0)
         with parameters_called({"prompt": "input"}):
-            prompts = await self._encoded(body, self._prompted(body), params, adapter)
+            prompts = await self._encoded(body, self._prompted(body), params, tokens)
         group = SequenceGroup(
             f"embd-{uuid4().hex}",
             tuple(prompts),
             params,
+            tokens,
             adapter=adapter,
             tenant=call.tenant,
             timeout=body.timeout,
@@ -208,7 +211,7 @@ class Endpoints:
 
     async def score(self, body: ScoreRequest, call: Call) -> tuple[SequenceGroup, ScoreFormatter]:
         body = self._named(body)
-        asked = Asked(body, await self._adapter(body, call), call)
+        asked = await self._asked(body, call)
         scores = await self._scoring.scores(body.pairs, asked)
         return scores.group, ScoreFormatter(body, scores)
 
@@ -218,9 +221,13 @@ class Endpoints:
         """cohere: whether the answer has the form of Cohere's second version."""
         body = self._named(body)
         pairs = [(body.query, document) for document in body.documents]
-        asked = Asked(body, await self._adapter(body, call), call)
+        asked = await self._asked(body, call)
         scores = await self._scoring.scores(pairs, asked)
         return scores.group, RerankFormatter(body, scores, cohere=cohere)
+
+    async def _asked(self, body: RerankRequest | ScoreRequest, call: Call) -> Asked:
+        adapter = await self._names.adapter(body.model, body.adapter, call)
+        return Asked(body, adapter, self._engine.tokens_of(adapter), call)
 
     async def response(
         self, body: ResponsesRequest, call: Call
@@ -239,7 +246,7 @@ class Endpoints:
             if store is not None:
                 store.save(StoredResponse(call.owner, response, items))
 
-        logprobs = self._logprobs(chat, group.params, adapter)
+        logprobs = self._logprobs(chat, group)
         formatter = ResponsesFormatter(
             group.id, body, int(time.time()), group.params, form, logprobs, ended=save
         )
@@ -277,28 +284,26 @@ class Endpoints:
     async def _adapter(self, body: ModelBodyT, call: Call) -> str | None:
         return await self._names.adapter(body.model, body.adapter, call)
 
-    def _logprobs(
-        self, body: Sampling, params: SamplingParams, adapter: str | None
-    ) -> Logprobs | None:
+    def _logprobs(self, body: Sampling, group: SequenceGroup) -> Logprobs | None:
+        params, tokens = group.params, group.tokens
         if params.logprobs is None and params.prompt_logprobs is None:
             return None
-        tokens = self._engine.tokens_of(adapter)
-        ends = tokens.ends | self._engine.end_tokens(params, adapter)
+        ends = tokens.ends | self._engine.end_tokens(params, group.adapter, tokens)
         if params.include_stop_str_in_output:
             ends = frozenset()
         as_ids = body.return_tokens_as_token_ids is True
-        return Logprobs(self._texts.of(adapter).bytes, ends, as_token_ids=as_ids)
+        return Logprobs(self._texts.of(tokens).bytes, ends, as_token_ids=as_ids)
 
     async def _encoded(
         self,
         body: CompletionRequest | EmbeddingRequest,
         prompts: Sequence[Prompt],
         params: SamplingParams,
-        adapter: str | None,
+        tokens: Tokens,
         *,
         parse_special: bool = True,
     ) -> list[tuple[int, ...]]:
-        encoder = self._texts.of(adapter).prompts
+        encoder = self._texts.of(tokens).prompts
         special, cut = body.add_special_tokens is not False, body.truncate_prompt_tokens is not None
         encoded = await encoder.encode_all(
             prompts, special_tokens=special, any_length=cut, parse_special=parse_special
@@ -311,7 +316,7 @@ class Endpoints:
                 body.truncated(each, room_for(self._engine, params), around) for each in encoded
             ]
         for prompt in encoded:
-            self._engine.check(prompt, params, self._engine.tokens_of(adapter))
+            self._engine.check(prompt, params, tokens)
         return encoded
 
 

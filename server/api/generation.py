@@ -15,6 +15,7 @@ from nybble.engine import (
     Request,
     RequestOutput,
     SamplingParams,
+    Tokens,
 )
 from nybble.server.http.errors import ApiError
 from nybble.server.observability.metrics import Metrics
@@ -44,11 +45,13 @@ class SequenceGroup:
     pooling: if set, the prompts' embeddings are computed, a few at a time.
     few_at_a_time: whether only a few sequences are in flight, however many prompts there are.
     prediction: tokens that the outputs probably have; None if the request says nothing of it.
+    tokens: those that the prompts were read with.
     """
 
     id: str
     prompts: tuple[tuple[int, ...], ...]
     params: SamplingParams
+    tokens: Tokens
     guide: Guide | None = None
     adapter: str | None = None
     tenant: Tenant | None = None
@@ -83,6 +86,7 @@ class SequenceGroup:
             cache_salt=self.cache_salt,
             pooling=self.pooling,
             prediction=self.prediction or (),
+            tokens=self.tokens,
         )
         name, weight = ("", 1.0) if self.tenant is None else (self.tenant.name, self.tenant.weight)
         if self.background:

@@ -189,7 +189,9 @@ class Api:
         body = await read_body(request, CountTokensRequest)
         adapter = await self._names.adapter(body.model, None, Call.of(request))
         with parameters_called(_MESSAGES_NAMES):
-            token_ids, _ = await self._chats.prompt(body.chat(), adapter)
+            token_ids, _ = await self._chats.prompt(
+                body.chat(), adapter, self._engine.tokens_of(adapter)
+            )
         return json_response({"input_tokens": len(token_ids)})
 
     async def completions(self, request: web.Request) -> web.StreamResponse:
@@ -261,7 +263,8 @@ class Api:
         adapter = None
         if body.model is not None:
             adapter = await self._names.adapter(body.model, None, Call.of(request))
-        own, prompts = OwnTemplates.of(adapter, self._engine), self._texts.of(adapter).prompts
+        own = OwnTemplates.of(adapter, self._engine)
+        prompts = self._texts.of(self._engine.tokens_of(adapter)).prompts
         if body.messages is not None:
             tools = [tool.model_dump(exclude_none=True) for tool in body.tools or ()] or None
             tokens = (await prompts.chat(body.messages, body, own, tools=tools)).token_ids
@@ -285,7 +288,7 @@ class Api:
         adapter = None
         if body.model is not None:
             adapter = await self._names.adapter(body.model, None, Call.of(request))
-        known = self._engine.tokens_of(adapter).vocabulary.size
-        require_known_tokens("tokens", body.tokens, known)
-        prompts = self._texts.of(adapter).prompts
+        tokens = self._engine.tokens_of(adapter)
+        require_known_tokens("tokens", body.tokens, tokens.vocabulary.size)
+        prompts = self._texts.of(tokens).prompts
         return json_response({"prompt": await prompts.decode(body.tokens)})

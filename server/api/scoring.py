@@ -17,7 +17,7 @@ from uuid import uuid4
 
 import numpy as np
 
-from nybble.engine import Engine, Pooling, RequestOutput, SamplingParams
+from nybble.engine import Engine, Pooling, RequestOutput, SamplingParams, Tokens
 from nybble.server.api.call import Call
 from nybble.server.api.chat_groups import ChatGroups
 from nybble.server.api.chat_schema import ChatRequest
@@ -50,10 +50,15 @@ class Scores:
 
 @dataclass(frozen=True)
 class Asked:
-    """A request for the scores of pairs. adapter: its adapter's name; None for the base model."""
+    """A request for the scores of pairs.
+
+    adapter: its adapter's name; None for the base model.
+    tokens: of the adapter.
+    """
 
     body: RerankRequest | ScoreRequest
     adapter: str | None
+    tokens: Tokens
     call: Call
 
 
@@ -86,7 +91,7 @@ class Scoring:
         labels, as_logits = self._engine.num_labels, asked.body.use_activation is False
         if labels > 2:
             raise _unsupported("model", f"this model tells {labels} labels apart, expected 1 or 2")
-        encode = self._texts.of(asked.adapter).prompts.pair
+        encode = self._texts.of(asked.tokens).prompts.pair
         prompts = [await self._fitting(pair, asked, encode) for pair in pairs]
         group = self._group(prompts, asked, "score")
 
@@ -128,7 +133,7 @@ class Scoring:
         return Scores(group, read)
 
     async def _judged(self, pairs: Sequence[Pair], asked: Asked) -> Scores:
-        markers = self._texts.of(asked.adapter).prompts.markers
+        markers = self._texts.of(asked.tokens).prompts.markers
         answers = [markers(word) for word in ("yes", "no")]
         if any(len(answer) != 1 for answer in answers):
             raise _unsupported(
@@ -150,7 +155,7 @@ class Scoring:
                     "truncate_prompt_tokens": None,
                 }
             )
-            token_ids, form = await self._chats.prompt(chat, asked.adapter)
+            token_ids, form = await self._chats.prompt(chat, asked.adapter, asked.tokens)
             return token_ids + markers(form.without_reasoning)
 
         prompts = [await self._fitting(pair, asked, judging) for pair in pairs]
@@ -177,13 +182,14 @@ class Scoring:
     ) -> SequenceGroup:
         params = params or SamplingParams(max_tokens=0)
         for prompt in prompts:
-            self._engine.check(prompt, params, self._engine.tokens_of(asked.adapter))
+            self._engine.check(prompt, params, asked.tokens)
         body = asked.body
         kind = "rerank" if isinstance(body, RerankRequest) else "score"
         return SequenceGroup(
             f"{kind}-{uuid4().hex}",
             tuple(prompts),
             params,
+            asked.tokens,
             adapter=asked.adapter,
             tenant=asked.call.tenant,
             timeout=body.timeout,
@@ -193,7 +199,7 @@ class Scoring:
         )
 
     async def _encode(self, text: str, asked: Asked) -> tuple[int, ...]:
-        return await self._texts.of(asked.adapter).prompts.encode(text, any_length=True)
+        return await self._texts.of(asked.tokens).prompts.encode(text, any_length=True)
 
     async def _fitting(
         self,
@@ -222,7 +228,7 @@ class Scoring:
 
     async def _cut(self, text: str, tokens: int, asked: Asked) -> str:
         """The beginning of a text, of so many tokens or fewer."""
-        prompts = self._texts.of(asked.adapter).prompts
+        prompts = self._texts.of(asked.tokens).prompts
         found = await prompts.encode(text, special_tokens=False, any_length=True)
         if len(found) <= tokens:
             return text

@@ -39,11 +39,8 @@ class Texts:
             self._prepare(engine.tokens_of(adapter))
         engine.before_serving_tokens(self._prepare)
 
-    def of(self, adapter: str | None) -> Text:
-        """For requests to an adapter; None for the base model."""
-        return self._of(self._engine.tokens_of(adapter))
-
-    def _of(self, tokens: Tokens) -> Text:
+    def of(self, tokens: Tokens) -> Text:
+        """For requests to the base model, or to an adapter, that has these tokens."""
         with self._lock:  # adapters are loaded on other threads
             text = self._made.get(tokens)
             if text is None:
@@ -66,6 +63,6 @@ class Texts:
         streams too: better when a model or an adapter is loaded than amid requests.
         """
         try:
-            self._of(tokens).grammars.read_vocabulary()
+            self.of(tokens).grammars.read_vocabulary()
         except ValueError as error:
             logger.warning("grammars, schemas and forced calls cannot be used: %s", error)

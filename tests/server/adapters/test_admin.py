@@ -25,7 +25,7 @@ from nybble.server.lifecycle.named_adapters import named_adapters
 from nybble.server.lifecycle.options import AdapterOptions
 from nybble.server.tenancy.tenants import Tenants, new_key
 
-from ..client import COMPLETIONS, Client, refused, run
+from ..client import CHAT, COMPLETIONS, Client, refused, run
 from ..conftest import CONFIG, running_server
 
 README = Path(__file__).parents[3] / "README.md"
@@ -238,27 +238,40 @@ def test_an_adapter_that_goes_while_its_request_is_read_does_not_exist(
     serve(engine, root, scenario)
 
 
+@pytest.mark.parametrize("moment", ["check", "_new_sequence"])
+@pytest.mark.parametrize(
+    ("path", "asked"),
+    [
+        (COMPLETIONS, ASK),
+        (CHAT, {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 3}),
+        ("/v1/embeddings", {"input": "hello"}),
+    ],
+    ids=["completion", "chat", "embedding"],
+)
 def test_an_adapter_that_gets_other_tokens_while_its_request_is_read_is_asked_for_again(
     engine: Engine,
     root: Path,
     tiny_token_adapter: Callable[..., Path],
     monkeypatch: pytest.MonkeyPatch,
+    path: str,
+    asked: dict[str, Any],
+    moment: str,
 ) -> None:
     """Its tokens are those of the adapter that was: clients send it again after a 503."""
-    read = engine._new_sequence
+    read = getattr(engine, moment)
 
-    def read_then_replace(request: Request) -> Any:
-        sequence = read(request)
+    def read_then_replace(*args: Any) -> Any:
+        found = read(*args)
         engine.load_adapter("one", str(tiny_token_adapter()))
-        return sequence
+        return found
 
     async def scenario(client: Client) -> None:
         await load(client, "one", "one")
         with monkeypatch.context() as patch:
-            patch.setattr(engine, "_new_sequence", read_then_replace)
-            error = await refused(client, COMPLETIONS, {**ASK, "model": "one"}, 503)
+            patch.setattr(engine, moment, read_then_replace)
+            error = await refused(client, path, {**asked, "model": "one"}, 503)
         assert (error["code"], error["param"]) == ("adapter_replaced", None)
-        answer = await client.post(COMPLETIONS, json={**ASK, "model": "one"})
+        answer = await client.post(path, json={**asked, "model": "one"})
         assert answer.status == 200
 
     serve(engine, root, scenario)
