@@ -43,7 +43,7 @@ from nybble.loaders.tokenizer import load_tokenizer
 from nybble.models import architecture_of
 from nybble.quantizers.affine import grid, nearest_codes
 from nybble.quantizers.packed_model import load_packed_model, training_dtype
-from nybble.quantizers.writer import FolderWriter
+from nybble.quantizers.writer import folder_writer
 
 _ROWS_AT_A_TIME = 256  # tokens whose logits are in memory at once
 
@@ -202,7 +202,7 @@ def quantization_aware_train(
     config = config_to_write(base)
     config["quantization_config"] = dict(written.settings)
     packing = packs(architecture, None)
-    with FolderWriter(out, base, config) as writer:
+    with folder_writer(out, base, config) as writer:
         tokenizer = load_tokenizer(base)
         examples = read_examples(data, tokenizer, max_length=settings.max_length)
         device = device or torch.device("cpu")

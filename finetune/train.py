@@ -35,6 +35,7 @@ from nybble.finetune.lora import (
 )
 from nybble.kernels.progress import Bar
 from nybble.loaders import open_checkpoint
+from nybble.loaders.output_folder import make_writable
 from nybble.loaders.tokenizer import load_tokenizer
 from nybble.models import Architecture, Mixture, Recurrent, architecture_of
 from nybble.quantizers.packed_model import PackedLinear, load_packed_model, training_dtype
@@ -155,9 +156,9 @@ def finetune(
         because the callback may have missed some.
 
     Raises DataError for data that cannot be used, CheckpointError for a base that cannot be
-    loaded, FileExistsError if ``out`` has content, FileNotFoundError for a resume without a
-    checkpoint, ValueError for a resume with another base, other data or other settings, and for
-    packing with a model that would mix examples.
+    loaded, FileExistsError if ``out`` has content, OSError if it cannot be written,
+    FileNotFoundError for a resume without a checkpoint, ValueError for a resume with another base,
+    other data or other settings, and for packing with a model that would mix examples.
     """
     settings = settings or FinetuneSettings()
     saved = out / CHECKPOINT
@@ -174,6 +175,7 @@ def finetune(
         examples, held_out = _split(examples, settings)
     else:
         held_out = read_examples(eval_data, tokenizer, max_length=settings.max_length)
+    make_writable(out)
     torch.manual_seed(settings.seed)
     device = device or torch.device("cpu")
     dtype = dtype or training_dtype(device)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from nybble.loaders.checkpoint import Checkpoint, Weight
 from nybble.loaders.errors import CheckpointError
 from nybble.loaders.model_config import load_config
 from nybble.loaders.model_files import copy_side_files
+from nybble.loaders.output_folder import whole_folder
 from nybble.loaders.safetensors_file import write_safetensors
 from nybble.loaders.shards import Shards
 
@@ -45,20 +45,14 @@ def save_packed(
 
     Raises OSError if it cannot be written.
     """
-    scratch = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(scratch, ignore_errors=True)
-    try:
-        scratch.mkdir(parents=True)
-        _write(checkpoint, scratch, layout, progress)
-        # fsync: otherwise a power failure could leave a complete folder with empty files.
-        for path in (*scratch.rglob("*"), scratch):
-            _to_disk(path)
-        shutil.rmtree(folder, ignore_errors=True)
-        scratch.rename(folder)
-    except OSError as error:
-        raise OSError(f"cannot write the packed model to {folder}: {error}") from error
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+    with whole_folder(folder) as scratch:
+        try:
+            _write(checkpoint, scratch, layout, progress)
+            # fsync: otherwise a power failure could leave a complete folder with empty files.
+            for path in (*scratch.rglob("*"), scratch):
+                _to_disk(path)
+        except OSError as error:
+            raise OSError(f"cannot write the packed model to {folder}: {error}") from error
 
 
 def _to_disk(path: Path) -> None:

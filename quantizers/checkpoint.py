@@ -34,7 +34,7 @@ from nybble.quantizers.layers import (
 )
 from nybble.quantizers.rtn import round_to_nearest
 from nybble.quantizers.stacked_experts import parts_to_write
-from nybble.quantizers.writer import FolderWriter
+from nybble.quantizers.writer import folder_writer
 
 logger = logging.getLogger(__name__)
 
@@ -118,7 +118,7 @@ def quantize_checkpoint(
             except ValueError as misfit:
                 raise CheckpointError(f"{source}: {module}: {misfit}") from misfit
     parts = parts_to_write(shards, checkpoint.architecture, lambda linear: False)
-    with FolderWriter(target, source, config, parts=parts) as writer:
+    with folder_writer(target, source, config, parts=parts) as writer:
         if has_mtp(checkpoint):
             for name, tensor in mtp_tensors(checkpoint):
                 writer.add({name: tensor})

@@ -49,7 +49,7 @@ from nybble.quantizers.layers import DecoderLayers, linear_layer
 from nybble.quantizers.on_grid import Compensation, Grid
 from nybble.quantizers.rtn import round_to_nearest
 from nybble.quantizers.stacked_experts import parts_to_write
-from nybble.quantizers.writer import FolderWriter
+from nybble.quantizers.writer import folder_writer
 
 _COARSE_BITS = 4
 
@@ -158,7 +158,7 @@ def merge_adapter(
     report: list[MergedLayer] = []
     names = track(linears, "Merging", progress, unit="layers")
     parts = parts_to_write(shards, architecture, merge.in_16_bits, dense=plan.format is None)
-    with FolderWriter(target, source, config, tokenizer, parts) as writer:
+    with folder_writer(target, source, config, tokenizer, parts) as writer:
         for module in shards.modules:
             if module not in linears:
                 writer.add(merge.other(module))

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from torch import Tensor
@@ -15,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from nybble.loaders.adapter_settings import TEMPLATE, TOKENIZER
 from nybble.loaders.adapter_tokens import TOKEN_FILES
 from nybble.loaders.model_files import copy_side_files
+from nybble.loaders.output_folder import whole_folder
 from nybble.loaders.safetensors_file import write_safetensors
 from nybble.loaders.shards import Part
 from nybble.quantizers.stacked_experts import Stacker
@@ -22,40 +22,49 @@ from nybble.quantizers.stacked_experts import Stacker
 _SHARD_BYTES = 1 << 30
 
 
+@contextmanager
+def folder_writer(
+    target: Path,
+    source: Path,
+    config: Mapping[str, Any],
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    parts: Mapping[str, Part] | None = None,
+) -> Iterator[FolderWriter]:
+    """What writes the tensors of ``target``, which appears only if the block raises nothing.
+
+    ``config`` becomes config.json; tokenizer and the like are copied from ``source``.
+
+    tokenizer: instead of the source's.
+    parts: which of the tensors are written as parts of others
+        (:func:`nybble.quantizers.stacked_experts.parts_to_write`).
+
+    Raises FileExistsError if the target has content, OSError if it cannot be written.
+    """
+    if target.exists() and any(target.iterdir()):
+        raise FileExistsError(f"{target} is not empty")
+    with whole_folder(target) as folder:
+        writer = FolderWriter(folder, Stacker(parts or {}))
+        yield writer
+        writer.finish()
+        copy_side_files(source, folder)
+        if tokenizer is not None:
+            for name in (*TOKEN_FILES, TOKENIZER, TEMPLATE):
+                (folder / name).unlink(missing_ok=True)
+            tokenizer.save_pretrained(folder)
+        (folder / "config.json").write_text(json.dumps(config, indent=2))
+
+
 class FolderWriter:
-    """A context manager: ``target`` appears only if the ``with`` block raises nothing."""
+    """Writes a model's tensors to a folder, in files of about a gibibyte and an index of them."""
 
-    def __init__(
-        self,
-        target: Path,
-        source: Path,
-        config: Mapping[str, Any],
-        tokenizer: PreTrainedTokenizerBase | None = None,
-        parts: Mapping[str, Part] | None = None,
-    ) -> None:
-        """``config`` becomes config.json; tokenizer and the like are copied from ``source``.
-
-        tokenizer: instead of the source's.
-        parts: which of the tensors are written as parts of others
-            (:func:`nybble.quantizers.stacked_experts.parts_to_write`).
-
-        Raises FileExistsError if the target has content.
-        """
-        self._tokenizer = tokenizer
-        if target.exists() and any(target.iterdir()):
-            raise FileExistsError(f"{target} is not empty")
-        self._target, self._source, self._config = target, source, config
-        self._scratch = target.with_name(target.name + ".partial")
-        self._stacker = Stacker(parts or {})
+    def __init__(self, folder: Path, stacker: Stacker) -> None:
+        """stacker: makes those that are written as parts of others."""
+        self._folder = folder
+        self._stacker = stacker
         self._shard: dict[str, Tensor] = {}
         self._bytes = 0
         self._weight_map: dict[str, str] = {}
         self._files: list[Path] = []
-
-    def __enter__(self) -> FolderWriter:
-        shutil.rmtree(self._scratch, ignore_errors=True)
-        self._scratch.mkdir(parents=True)
-        return self
 
     def add(self, tensors: Mapping[str, Tensor]) -> None:
         whole = self._stacker.take(tensors)
@@ -65,37 +74,18 @@ class FolderWriter:
             self._flush()
 
     def _flush(self) -> None:
-        path = self._scratch / f"model-{len(self._files) + 1:05}.safetensors"
+        path = self._folder / f"model-{len(self._files) + 1:05}.safetensors"
         write_safetensors(self._shard, path, {"format": "pt"})
         self._weight_map.update(dict.fromkeys(self._shard, path.name))
         self._files.append(path)
         self._shard, self._bytes = {}, 0
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        try:
-            if kind is None:
-                self._finish()
-        finally:  # also if the disk is full, or Ctrl-C is pressed, only now
-            shutil.rmtree(self._scratch, ignore_errors=True)
-
-    def _finish(self) -> None:
+    def finish(self) -> None:
+        """Write what is left, and the index if there are several files."""
         if self._shard:
             self._flush()
         if len(self._files) == 1:
-            self._files[0].rename(self._scratch / "model.safetensors")
+            self._files[0].rename(self._folder / "model.safetensors")
         else:
             index = {"metadata": {}, "weight_map": self._weight_map}
-            (self._scratch / "model.safetensors.index.json").write_text(json.dumps(index))
-        copy_side_files(self._source, self._scratch)
-        if self._tokenizer is not None:
-            for name in (*TOKEN_FILES, TOKENIZER, TEMPLATE):
-                (self._scratch / name).unlink(missing_ok=True)
-            self._tokenizer.save_pretrained(self._scratch)
-        (self._scratch / "config.json").write_text(json.dumps(self._config, indent=2))
-        shutil.rmtree(self._target, ignore_errors=True)
-        self._scratch.rename(self._target)
+            (self._folder / "model.safetensors.index.json").write_text(json.dumps(index))

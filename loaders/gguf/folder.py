@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -34,6 +33,7 @@ from nybble.loaders.gguf.config import FAMILIES, ROPE_FACTORS, ROPE_FREQS, Metad
 from nybble.loaders.gguf.index import DTYPES, SOURCE, Entry, write_index
 from nybble.loaders.gguf.names import parts_of
 from nybble.loaders.gguf.tokenizer import end_tokens, save_tokenizer
+from nybble.loaders.output_folder import whole_folder
 from nybble.models import Architecture, Attention, Mixture, Mlp, architecture_of
 
 VERSION = 3
@@ -55,16 +55,9 @@ def gguf_folder(file: Path) -> Path:
     source = json.dumps({"version": VERSION, "files": stats})
     with FileLock(folder.with_name(folder.name + ".lock")):
         if _read(folder / SOURCE) != source:
-            scratch = folder.with_name(folder.name + ".partial")
-            shutil.rmtree(scratch, ignore_errors=True)
-            try:
-                scratch.mkdir()
+            with whole_folder(folder) as scratch:
                 write_folder(parts, scratch)
                 (scratch / SOURCE).write_text(source)
-                shutil.rmtree(folder, ignore_errors=True)
-                scratch.rename(folder)
-            finally:
-                shutil.rmtree(scratch, ignore_errors=True)
     return folder
 
 

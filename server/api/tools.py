@@ -185,7 +185,12 @@ def tools_of(body: ChatRequest, dialect: Dialect, tokens: MarkerTokens, model: s
     """
     if not body.tools or body.tool_choice == "none":
         if body.tool_choice not in (None, "none", "auto"):
-            raise ApiError(400, "tool_choice needs tools", param="tool_choice")
+            raise ApiError(
+                400,
+                "tool_choice asks for a call, but the request has no tools",
+                param="tool_choice",
+                code="invalid_value",
+            )
         return None
     if not dialect.calls_tools:
         raise ApiError(

@@ -33,6 +33,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 logger = logging.getLogger(__name__)
 
 _HASH = r"^sha256:[0-9a-f]{64}$"
+# In place of the library's, which speak of fields and inputs.
+_MESSAGES = {
+    "missing": "it has to be given",
+    "extra_forbidden": "there is no such setting",
+    "string_pattern_mismatch": "expected sha256: and 64 digits, as nybble new-key prints it",
+}
 
 
 class TenantsError(ValueError):
@@ -72,6 +78,8 @@ class _File(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _name(cls, data: object) -> object:
+        if data == {}:
+            raise ValueError("it has no tenants, expected a table [tenants.NAME] for each")
         tenants = data.get("tenants") if isinstance(data, dict) else None
         if not isinstance(tenants, dict):
             return data
@@ -129,9 +137,9 @@ class Tenants:
         except ValidationError as invalid:
             first = invalid.errors(include_url=False, include_input=False)[0]
             place = ".".join(str(part) for part in first["loc"])
-            raise TenantsError(
-                f"{self._path}: {place}: {first['msg']}".replace(": :", ":")
-            ) from None
+            message = _MESSAGES.get(first["type"], first["msg"]).removeprefix("Value error, ")
+            where = f"{self._path}: {place}" if place else f"{self._path}"
+            raise TenantsError(f"{where}: {message}") from None
         return [
             (bytes.fromhex(key.removeprefix("sha256:")), tenant)
             for tenant in file.tenants.values()

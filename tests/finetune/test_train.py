@@ -295,6 +295,18 @@ def test_a_resumed_run_ends_as_one_that_was_never_stopped(
         assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
+def test_a_folder_that_cannot_be_written_is_told_of_before_anything_is_learned(
+    tmp_path: Path, bases: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from nybble.finetune import train
+
+    monkeypatch.setattr(train, "_Run", None)
+    (tmp_path / "file").touch()
+    out = tmp_path / "file" / "adapter"
+    with pytest.raises(OSError, match=f"^{out} cannot be written: Not a directory$"):
+        finetune(bases["nf4"], data(tmp_path), out, settings=QUICK, progress=False)
+
+
 def test_resuming_what_was_never_begun_or_another_run_is_refused(
     tmp_path: Path, bases: dict[str, Path]
 ) -> None:

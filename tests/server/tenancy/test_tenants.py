@@ -76,11 +76,11 @@ def test_a_key_is_found_by_its_hash(file: Callable[..., Path]) -> None:
     [
         (["weight = 0"], "tenants.acme.weight: Input should be greater than 0"),
         (["requests_per_minute = 0"], "tenants.acme.requests_per_minute: Input should be greater"),
-        (["tokens = 5"], "tenants.acme.tokens: Extra inputs are not permitted"),
+        (["tokens = 5"], "tenants.acme.tokens: there is no such setting"),
         (["weight = "], "cannot be read"),
         ([f'[tenants.b]\nkeys = ["{STORED}"]'], "acme and b have a key in common"),
-        (['[tenants.b]\nkeys = ["secret"]'], "tenants.b.keys.0: String should match pattern"),
-        (["[tenants.b]"], "tenants.b.keys: Field required"),
+        (['[tenants.b]\nkeys = ["secret"]'], "tenants.b.keys.0: expected sha256: and 64 digits"),
+        (["[tenants.b]"], "tenants.b.keys: it has to be given"),
         (['[tenants.""]\nkeys = []'], "tenants..name"),
     ],
 )
@@ -89,6 +89,14 @@ def test_a_file_that_makes_no_sense_is_refused_by_entry(
 ) -> None:
     with pytest.raises(TenantsError, match=re.escape(message)):
         Tenants(file(*lines))
+
+
+def test_an_empty_file_is_told_what_it_lacks(tmp_path: Path) -> None:
+    path = tmp_path / "tenants.toml"
+    path.touch()
+    said = f"{path}: it has no tenants, expected a table [tenants.NAME] for each"
+    with pytest.raises(TenantsError, match=f"^{re.escape(said)}$"):
+        Tenants(path)
 
 
 def test_a_broken_file_changes_nothing_when_read_again(
