@@ -19,11 +19,13 @@ install-dev: $(VENV)/.installed-dev
 # Constraints pin every dependency; torch is named first so that pip settles which build of it is
 # used before anything else asks for one. TORCH_INDEX_URL may name PyTorch's index of CPU builds,
 # which spares a Linux machine without a GPU several gigabytes.
+# pip itself is renewed first, as the one that comes with Python settles versions at half the speed.
 # Nothing is compiled to bytecode ahead: that takes longer than all else, and Python compiles the part
 # that is imported when it first is.
 TORCH_INDEX_URL ?=
 define install
 	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --no-compile --upgrade -c constraints.txt pip
 	$(BIN)/pip install --no-compile --progress-bar on -c constraints.txt \
 		$(if $(TORCH_INDEX_URL),--index-url $(TORCH_INDEX_URL)) torch
 	$(BIN)/pip install --no-compile --progress-bar on -c constraints.txt -e '.$(1)'
