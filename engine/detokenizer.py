@@ -55,11 +55,10 @@ class Detokenizer:
     def add(self, token_id: int) -> str:
         """The text that is certain after one more token. Sets ``stopped_by`` at a stop string."""
         text = self._held + self._step(token_id)
-        if self._unchecked:
-            self._unchecked -= 1
-            return text
         found = [(at, len(stop)) for stop in self._stop if (at := text.find(stop)) >= 0]
-        if found:
+        if self._unchecked:  # what begins here may still be completed by a token that counts
+            self._unchecked -= 1
+        elif found:
             self._held = ""
             self._bytes.reset()
             at, length = min(found)

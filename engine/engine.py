@@ -12,6 +12,7 @@ from collections.abc import AsyncGenerator, Callable, Mapping
 from collections.abc import Sequence as Several
 from dataclasses import replace
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -666,6 +667,9 @@ class Engine:
         if request.pooling is not None:
             params = replace(params, max_tokens=0)
         tokens = request.tokens or self.tokens_of(request.adapter)
+        known = tuple(takewhile(lambda token: 0 <= token < tokens.rows, request.prediction))
+        if known != request.prediction:  # the tokenizer may know tokens that the model cannot say
+            request = replace(request, prediction=known)
         ends = self.end_tokens(params, request.adapter, tokens)
         sampler = SequenceSampler(
             params, prompt, ends=ends, bad_words=_bad_words(params, tokens), vocab=tokens.rows
@@ -694,7 +698,9 @@ class Engine:
         if version is not None and not params.ignore_eos:
             eos |= version.end_tokens
         named = (tokens.vocabulary.special_id(stop) for stop in params.stop)
-        return eos.union(params.stop_token_ids, (token for token in named if token is not None))
+        ends = eos.union(params.stop_token_ids, (token for token in named if token is not None))
+        # A tokenizer may know more tokens than the model can say.
+        return frozenset(token for token in ends if token < tokens.rows)
 
 
 def _bad_words(params: SamplingParams, tokens: Tokens) -> tuple[tuple[int, ...], ...]:

@@ -193,7 +193,7 @@ LIMITS: Mapping[str, Limit] = {
     "min_tokens": Number(0, whole=True),
     "temperature": Number(0, 100),
     "top_p": Number(0, 1, above=True),
-    "top_k": Number(0, whole=True, spelling={-1: 0}, note="; 0 and -1 are off"),
+    "top_k": Number(0, 2**31 - 1, whole=True, spelling={-1: 0}, note="; 0 and -1 are off"),
     "min_p": Number(0, 1),
     "repetition_penalty": Number(0.01, 100),
     "presence_penalty": _PENALTY,

@@ -160,10 +160,9 @@ class PendingSample:
         # Of a row with a NaN, NaN; of one with nothing that may follow, −inf.
         self._found = [chosen, logits.amax(-1)]
         if logprobs is not None:
-            most = max(samplers[row].params.logprobs or 0 for row in self._asked)
-            top = logprobs.topk(min(most, logprobs.shape[1]))
             own = logprobs.gather(1, _rows(chosen, self._asked)[:, None])
-            self._found += [own, top.values, top.indices]
+            counts = [samplers[row].params.logprobs or 0 for row in self._asked]
+            self._found += [own, *_likeliest(logprobs, counts)]
             named = [samplers[row].params.logprob_token_ids for row in self._asked]
             if any(named):
                 longest = max(map(len, named))
@@ -312,6 +311,23 @@ def _exclude(
     if barred:
         at = send(list(zip(*barred, strict=True)), torch.int64, logits.device)
         logits[at[0], at[1]] = float("-inf")
+
+
+def _likeliest(logprobs: Tensor, counts: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """The values and ids of each row's likeliest tokens, as many as its count; then zeros.
+
+    Among equals ``topk`` takes others for another count: each row's own keeps it as it is alone.
+    """
+    widest = min(max(counts), logprobs.shape[1])
+    values = logprobs.new_zeros(len(counts), widest)
+    ids = torch.zeros(len(counts), widest, dtype=torch.int64, device=logprobs.device)
+    for count in set(counts) - {0}:
+        rows = [row for row, each in enumerate(counts) if each == count]
+        found = _rows(logprobs, rows).topk(min(count, widest))
+        at = send(rows, torch.int64, logprobs.device)
+        width = found.values.shape[1]
+        values[at, :width], ids[at, :width] = found.values, found.indices
+    return values, ids
 
 
 def _penalize(logits: Tensor, samplers: Sequence[SequenceSampler]) -> None:

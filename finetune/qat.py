@@ -24,7 +24,6 @@ from nybble.finetune.train import (
     batch_loss,
     checkpoint_activations,
     hidden_states,
-    logits_of,
     packs,
     training_mode,
     warm_cosine,
@@ -39,10 +38,11 @@ from nybble.loaders.formats import (
     writing_format,
 )
 from nybble.loaders.model_config import config_to_write
+from nybble.loaders.mtp import mtp_tensors
 from nybble.loaders.tokenizer import load_tokenizer
 from nybble.models import architecture_of
 from nybble.quantizers.affine import grid, nearest_codes
-from nybble.quantizers.packed_model import load_packed_model, training_dtype
+from nybble.quantizers.packed_model import OutputLayer, load_packed_model, training_dtype
 from nybble.quantizers.writer import folder_writer
 
 _ROWS_AT_A_TIME = 256  # tokens whose logits are in memory at once
@@ -241,6 +241,8 @@ def quantization_aware_train(
             optimizer.zero_grad()
             losses.append(loss.item())
             bar.set_postfix(loss=f"{losses[-1]:.3f}", refresh=False)
+        for name, tensor in mtp_tensors(source):
+            writer.add({name: tensor})
         shards = open_shards(base, architecture)
         for name in shards.names():
             if name.removesuffix(".weight") not in layers:
@@ -263,10 +265,12 @@ def batch_divergence(
         expected = predicting(teacher)
     found = predicting(model)
 
+    taught, logits_of = OutputLayer.of(teacher), OutputLayer.of(model)
+
     def part(rows: Tensor, wanted: Tensor) -> Tensor:
-        target = log_softmax(logits_of(teacher, wanted), dim=-1)
+        target = log_softmax(taught(wanted), dim=-1)
         return kl_div(
-            log_softmax(logits_of(model, rows), dim=-1), target, reduction="sum", log_target=True
+            log_softmax(logits_of(rows), dim=-1), target, reduction="sum", log_target=True
         )
 
     total: Tensor = found.new_zeros((), dtype=torch.float32)

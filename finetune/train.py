@@ -38,7 +38,12 @@ from nybble.loaders import open_checkpoint
 from nybble.loaders.output_folder import make_writable
 from nybble.loaders.tokenizer import load_tokenizer
 from nybble.models import Architecture, Mixture, Recurrent, architecture_of
-from nybble.quantizers.packed_model import PackedLinear, load_packed_model, training_dtype
+from nybble.quantizers.packed_model import (
+    OutputLayer,
+    PackedLinear,
+    load_packed_model,
+    training_dtype,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -329,7 +334,7 @@ class _Run:
             loss.backward()  # type: ignore[no-untyped-call]
             total += loss.item()
         if not math.isfinite(total):
-            raise FloatingPointError(
+            raise ValueError(
                 f"the loss is {total} at step {self._step + 1}: lower the learning rate"
             )
         parameters = [p for group in self._optimizer.param_groups for p in group["params"]]
@@ -502,17 +507,6 @@ def hidden_states(model: PreTrainedModel, batch: Batch, device: torch.device) ->
     return hidden
 
 
-def logits_of(model: PreTrainedModel, hidden: Tensor) -> Tensor:
-    """The float32 logits of rows of :func:`hidden_states`, scaled and capped as the model's."""
-    architecture = architecture_of(model.config)
-    logits: Tensor = model.get_submodule(architecture.head)(hidden).float()
-    if architecture.logits_multiplier != 1.0:
-        logits = logits * architecture.logits_multiplier
-    if (cap := architecture.logits_softcap) is not None:
-        logits = cap * torch.tanh(logits / cap)
-    return logits
-
-
 def batch_loss(model: PreTrainedModel, batch: Batch, device: torch.device) -> Tensor:
     """Sum of −log p over the batch's labelled tokens; logits exist for those only, in parts."""
     hidden = hidden_states(model, batch, device)
@@ -520,8 +514,10 @@ def batch_loss(model: PreTrainedModel, batch: Batch, device: torch.device) -> Te
     learned = labels != IGNORED
     predicting, labels = hidden[:, :-1][learned], labels[learned]
 
+    logits_of = OutputLayer.of(model)
+
     def part(rows: Tensor, wanted: Tensor) -> Tensor:
-        loss: Tensor = cross_entropy(logits_of(model, rows), wanted, reduction="sum")
+        loss: Tensor = cross_entropy(logits_of(rows), wanted, reduction="sum")
         return loss
 
     total: Tensor = hidden.new_zeros((), dtype=torch.float32)

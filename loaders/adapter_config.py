@@ -198,7 +198,9 @@ class AdapterSettings:
             return True
         if self.exclude_modules and _matches(self.exclude_modules, module):
             return False
-        if self.target_modules == "all-linear":
+        if any(_match(rf"(^|.*\.){saved}($|\..*)", module) for saved in self.modules_to_save):
+            return False
+        if self._all_linear:
             return True
         if not _matches(self.target_modules, module):
             return False
@@ -208,6 +210,15 @@ class AdapterSettings:
         found = (_match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", module) for pattern in patterns)
         index = next((int(match[1]) for match in found if match), None)
         return index in self.layers
+
+    def selects_end(self, module: str) -> bool:
+        """As :meth:`selects`, of the embedding or the output layer."""
+        return not self._all_linear and self.selects(module)
+
+    @property
+    def _all_linear(self) -> bool:
+        names = self.target_modules
+        return isinstance(names, str) and names.lower() == "all-linear"
 
     def feeds(self, module: str) -> bool:
         """Whether (IA)³ multiplies the module's inputs, and not its outputs."""

@@ -180,7 +180,7 @@ class _Reader:
         about = self.architecture
         module = self._module(about.embedding)
         sides = {"lora_embedding_A", "lora_embedding_B"}
-        expected = sides if self.settings.selects(module.trained) else set()
+        expected = sides if self.settings.selects_end(module.trained) else set()
         if expected and self.settings.dora:
             raise AdapterError(
                 f"{self.path}: DoRA on {about.embedding} is not supported: train it without, or "
@@ -202,8 +202,8 @@ class _Reader:
         module = self._module(about.head)
         # Tied by training, LoRA is on both, though its targets speak of the embedding alone.
         tied = self.settings.tying and about.tied
-        tied_lora = tied and self.settings.selects(self._module(about.embedding).trained)
-        named = self.settings.selects(module.trained)
+        tied_lora = tied and self.settings.selects_end(self._module(about.embedding).trained)
+        named = self.settings.selects_end(module.trained)
         if about.head_bias and "bias" in module.parts:
             raise AdapterError(
                 f"{self.path} has a bias of its own for {about.head}, {module.parts['bias'][0]}, "

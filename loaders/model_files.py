@@ -43,6 +43,12 @@ def side_files(folder: Path) -> list[Path]:
     return sorted(found)
 
 
+def settings_files(folder: Path) -> list[Path]:
+    """Files with quantization settings, relative to ``folder``, beside what config.json says."""
+    names = {format.own_file for format in FORMATS if format.own_file is not None}
+    return sorted(Path(name) for name in names if (folder / name).is_file())
+
+
 @dataclass(frozen=True)
 class Module:
     """One of sentence-transformers' modules.

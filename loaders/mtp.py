@@ -109,12 +109,15 @@ def open_mtp(checkpoint: Checkpoint) -> MtpCheckpoint:
     return MtpCheckpoint(source, about, architecture)
 
 
-def mtp_tensors(checkpoint: FolderCheckpoint) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a checkpoint's MTP head as they are stored, without copies of the model's."""
-    assert checkpoint.architecture.mtp is not None
-    shards = Shards(checkpoint.folder)
-    for name in _own(checkpoint, checkpoint.architecture.mtp):
-        yield name, shards.read(name)
+def mtp_tensors(checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a checkpoint's MTP head as they are stored, without copies of the model's.
+
+    None if it has no such head.
+    """
+    if isinstance(checkpoint, FolderCheckpoint) and checkpoint.architecture.mtp is not None:
+        shards = Shards(checkpoint.folder)
+        for name in _own(checkpoint, checkpoint.architecture.mtp):
+            yield name, shards.read(name)
 
 
 def draft_bytes(

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from nybble.loaders.formats import AffineWeight
 from nybble.models import Attention, Fold, LatentAttention, Layer, LinearGroup
 from nybble.quantizers.affine import round_trip
-from nybble.quantizers.layers import InputStatistics, linear_layer, output_error
+from nybble.quantizers.layers import InputStatistics, linear_layer, output_error, relative_error
 from nybble.quantizers.rtn import quantize_affine
 
 _STEPS = 20
@@ -140,8 +140,7 @@ def awq_block(
                 clipped = torch.cat((weight[:kept], search_clip(weight[kept:], moment, size)))
             kept = max(0, kept - linear.out)
             rounded = quantize_affine(clipped, size, sym=False)
-            difference = rounded.dequantize() - weight
-            error = output_error(difference, moment) / output_error(weight, moment)
+            error = relative_error(rounded.dequantize() - weight, weight, moment)
             result[linear.name] = (rounded, error)
     return result
 

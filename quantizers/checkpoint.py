@@ -22,7 +22,7 @@ from nybble.loaders.formats import (
     writing_format,
 )
 from nybble.loaders.model_config import config_to_write
-from nybble.loaders.mtp import has_mtp, mtp_tensors
+from nybble.loaders.mtp import mtp_tensors
 from nybble.models import Layer, LinearGroup, Mixture
 from nybble.quantizers.awq import awq_block
 from nybble.quantizers.gptq import GptqSettings, gptq
@@ -30,7 +30,7 @@ from nybble.quantizers.layers import (
     DecoderLayers,
     InputStatistics,
     linear_layer,
-    output_error,
+    relative_error,
 )
 from nybble.quantizers.rtn import round_to_nearest
 from nybble.quantizers.stacked_experts import parts_to_write
@@ -119,9 +119,8 @@ def quantize_checkpoint(
                 raise CheckpointError(f"{source}: {module}: {misfit}") from misfit
     parts = parts_to_write(shards, checkpoint.architecture, lambda linear: False)
     with folder_writer(target, source, config, parts=parts) as writer:
-        if has_mtp(checkpoint):
-            for name, tensor in mtp_tensors(checkpoint):
-                writer.add({name: tensor})
+        for name, tensor in mtp_tensors(checkpoint):
+            writer.add({name: tensor})
         if calibration is None:
             for name in track(shards.names(), "Quantizing", progress, unit="tensors"):
                 tensor = shards.read(name)
@@ -254,7 +253,7 @@ def _gptq_group(
         part = whole.rows(start, start + len(weight))
         start += len(weight)
         rounded = part.dequantize()
-        error = output_error(rounded - weight, moment) / output_error(weight, moment)
+        error = relative_error(rounded - weight, weight, moment)
         layers[name].weight.data = rounded.to(layers[name].weight.dtype)
         result[name] = (part, LayerError(name, error, statistics.tokens))
     return result

@@ -17,13 +17,13 @@ from nybble.kernels.progress import track
 from nybble.loaders import LoRAAdapter, open_checkpoint
 from nybble.loaders.adapter import LoRAModule
 from nybble.loaders.adapter_changes import MatrixChange
-from nybble.quantizers.packed_model import PackedLinear, load_packed_model
+from nybble.quantizers.packed_model import OutputLayer, PackedLinear, load_packed_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 # The output layer and the hidden states of windows.
-_Read = tuple[nn.Module, list[Tensor]]
+_Read = tuple[OutputLayer, list[Tensor]]
 
 
 @torch.no_grad()
@@ -91,14 +91,14 @@ class _Reader:
             _change_ends(model, adapter, self._dtype, rounded=rounded)
         reading = track(self._windows, "Measuring", self._progress, unit="windows")
         states = [model.base_model(ids[None], use_cache=False)[0][0] for ids in reading]
-        return model.get_submodule("lm_head"), states
+        return OutputLayer.of(model), states
 
 
 def _divergence(expected: _Read, found: _Read) -> float:
     """Mean over tokens of KL(expected ‖ found)."""
     total, tokens = 0.0, 0
     for before, after in zip(expected[1], found[1], strict=True):
-        pair = expected[0](before).float(), found[0](after).float()
+        pair = expected[0](before), found[0](after)
         both = min(logits.shape[-1] for logits in pair)
         wanted, instead = (log_softmax(logits[:, :both], dim=-1) for logits in pair)
         total += float(kl_div(instead, wanted, reduction="sum", log_target=True))

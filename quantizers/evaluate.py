@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
 from nybble.kernels.progress import Bar
 from nybble.loaders import open_checkpoint
 from nybble.loaders.shards import Shards
 from nybble.models import Mixture, architecture_of
-from nybble.quantizers.packed_model import load_packed_model
+from nybble.quantizers.packed_model import OutputLayer, load_packed_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -155,17 +155,17 @@ def evaluate(
         ]
     models += [(name, folder, dtype) for name, folder in others.items()]
     expected: list[Tensor] = []
-    expected_head: nn.Module | None = None
+    reference_logits: OutputLayer | None = None
     results = []
     for name, folder, computing in models:
         model = load_packed_model(open_checkpoint(folder), device=device, dtype=computing)
-        head = model.get_submodule("lm_head")
-        if expected_head is None:
-            expected_head = head
-        elif head.out_features != expected_head.out_features:
+        logits_of = OutputLayer.of(model)
+        if reference_logits is None:
+            reference_logits = logits_of
+        elif logits_of.vocab != reference_logits.vocab:
             raise ValueError(
-                f"{folder} has a vocabulary of {head.out_features}, the full-precision model one "
-                f"of {expected_head.out_features}: they cannot be compared"
+                f"{folder} has a vocabulary of {logits_of.vocab}, the full-precision model one "
+                f"of {reference_logits.vocab}: they cannot be compared"
             )
         losses, divergences, seconds = [], [], 0.0
         for index, window in enumerate(
@@ -180,7 +180,7 @@ def evaluate(
             seconds += time.perf_counter() - begin
             if len(expected) == index:
                 expected.append(predicting)
-            sums = _losses(head, predicting, expected_head, expected[index], labels)
+            sums = _losses(logits_of, predicting, reference_logits, expected[index], labels)
             losses.append(sums[0])
             divergences.append(sums[1])
         read = sum(window.stop - window.start for window in places)
@@ -201,16 +201,20 @@ def evaluate(
 
 @torch.no_grad()
 def _losses(
-    head: nn.Module, hidden: Tensor, expected_head: nn.Module, expected: Tensor, labels: Tensor
+    logits_of: OutputLayer,
+    hidden: Tensor,
+    reference_logits: OutputLayer,
+    expected: Tensor,
+    labels: Tensor,
 ) -> tuple[float, float]:
     """Sums over rows of −log p(label) and of KL(expected ‖ found), from hidden states."""
     loss = divergence = 0.0
     for start in range(0, len(labels), _ROWS_AT_A_TIME):
         rows = slice(start, start + _ROWS_AT_A_TIME)
-        found = log_softmax(head(hidden[rows]).float(), dim=-1)
+        found = log_softmax(logits_of(hidden[rows]), dim=-1)
         loss += float(cross_entropy(found, labels[rows], reduction="sum"))
         if hidden is not expected:
-            target = log_softmax(expected_head(expected[rows]).float(), dim=-1)
+            target = log_softmax(reference_logits(expected[rows]), dim=-1)
             divergence += float(kl_div(found, target, reduction="sum", log_target=True))
     return loss, divergence
 

@@ -48,6 +48,15 @@ def output_error(difference: Tensor, second_moment: Tensor) -> float:
     return float(((difference @ second_moment) * difference).sum())
 
 
+def relative_error(difference: Tensor, weight: Tensor, second_moment: Tensor) -> float:
+    """:func:`output_error` as a part of the mean of ‖Wx‖²; 0 if nothing is lost of nothing.
+
+    A layer may be zero as a whole: in models that were made deeper, for example.
+    """
+    error = output_error(difference, second_moment)
+    return error / output_error(weight, second_moment) if error else 0.0
+
+
 def linear_layer(block: nn.Module, name: str) -> nn.Linear:
     """The linear layer ``name`` of ``block``."""
     layer = block.get_submodule(name)

@@ -10,6 +10,7 @@ is kept if it has one, and each column's rounding error is compensated by the co
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -43,6 +44,7 @@ from nybble.loaders.formats import (
     written_formats,
 )
 from nybble.loaders.model_config import config_to_write
+from nybble.loaders.mtp import has_mtp, mtp_tensors, open_mtp
 from nybble.loaders.shards import Shards
 from nybble.loaders.tokenizer import load_tokenizer
 from nybble.quantizers.layers import DecoderLayers, linear_layer
@@ -50,6 +52,8 @@ from nybble.quantizers.on_grid import Compensation, Grid
 from nybble.quantizers.rtn import round_to_nearest
 from nybble.quantizers.stacked_experts import parts_to_write
 from nybble.quantizers.writer import folder_writer
+
+logger = logging.getLogger(__name__)
 
 _COARSE_BITS = 4
 
@@ -116,6 +120,9 @@ def merge_adapter(
         have rows, the source's is written with these and with the adapter's chat template. None to
         leave the tokenizer as it is.
 
+    An MTP head stays as it is. It is left out, with a warning, if it is quantized and the target
+    gets another format.
+
     Returns the cost of each layer the adapter changes. Raises CheckpointError if the source is
     in the packed form, its format can only be read, or a layer does not fit the format,
     FileExistsError if the target has content, ValueError if keep_16_bits has nothing to keep
@@ -162,6 +169,11 @@ def merge_adapter(
         for module in shards.modules:
             if module not in linears:
                 writer.add(merge.other(module))
+        if plan.same or not _has_packed_mtp(checkpoint):
+            for name, tensor in mtp_tensors(checkpoint):
+                writer.add({name: tensor})
+        else:
+            logger.warning("the MTP head is left out: it is in %s itself", checkpoint.format)
         if merge.unties and architecture.head not in shards.modules:
             writer.add({architecture.head + ".weight": merge.end(architecture.head)})
         for _, block in groupby(names, lambda name: name.split(".")[2]):
@@ -176,6 +188,10 @@ def merge_adapter(
             if calibrator:
                 calibrator.advance(values)
     return report
+
+
+def _has_packed_mtp(checkpoint: FolderCheckpoint) -> bool:
+    return has_mtp(checkpoint) and open_mtp(checkpoint).format != "none"
 
 
 @dataclass(frozen=True)
@@ -286,7 +302,7 @@ class _Merge:
             else:
                 change = compensation.output_norm(exact - self._base(name))
         relative = moved / change if change else float("inf")
-        return tensors, rounded, MergedLayer(name, moved / whole, relative)
+        return tensors, rounded, MergedLayer(name, moved / whole if moved else 0.0, relative)
 
     def other(self, module: str) -> Mapping[str, Tensor]:
         """The tensors of what is no projection: norms, embeddings, the output layer."""

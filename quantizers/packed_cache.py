@@ -22,7 +22,7 @@ from filelock import FileLock, Timeout
 
 from nybble.loaders.cache import cache_folder, make_folder
 from nybble.loaders.errors import CheckpointError
-from nybble.loaders.model_files import side_files
+from nybble.loaders.model_files import settings_files, side_files
 from nybble.loaders.packed_file import VERSION, PackedCheckpoint
 
 logger = logging.getLogger(__name__)
@@ -48,6 +48,7 @@ class Origin:
         """The folder of its packed form. Raises OSError if the source is gone."""
         files = [
             *side_files(self.source),
+            *settings_files(self.source),
             *sorted(
                 file.relative_to(self.source)
                 for kind in ("*.safetensors", "*.gguf")

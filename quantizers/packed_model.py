@@ -7,7 +7,7 @@ and no full-precision copy of them exists. Serving has its own decoder.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -67,6 +67,39 @@ class PackedLinear(nn.Module):
         return packed_linear(x, self.packed)
 
 
+@dataclass(frozen=True)
+class OutputLayer:
+    """From final hidden states to float32 logits, scaled and capped as the model's.
+
+    head: the linear layer.
+    multiplier: of its outputs.
+    softcap: what they stay below; None for no limit.
+    """
+
+    head: nn.Module
+    multiplier: float
+    softcap: float | None
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> OutputLayer:
+        about = architecture_of(model.config)
+        head = model.get_submodule(about.head)
+        return cls(head, about.logits_multiplier, about.logits_softcap)
+
+    @property
+    def vocab(self) -> int:
+        return int(self.head.out_features)  # type: ignore[arg-type]
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """``(rows, vocab)`` for ``(rows, hidden)``."""
+        logits: Tensor = self.head(hidden).float()
+        if self.multiplier != 1.0:
+            logits = logits * self.multiplier
+        if self.softcap is not None:
+            logits = self.softcap * torch.tanh(logits / self.softcap)
+        return logits
+
+
 def training_dtype(device: torch.device) -> torch.dtype:
     """The dtype of activations in which PyTorch trains fastest: bfloat16, or float32 on a CPU that
     does not multiply bfloat16 itself.
@@ -87,7 +120,8 @@ def load_packed_model(
     )
     config.dtype = dtype
     model = model_skeleton(config)
-    parts = dict(architecture_of(config).fused.values())
+    architecture = architecture_of(config)
+    parts = dict(architecture.fused.values())
     layout = preferred_layout(device)
     loaded: set[str] = set()
 
@@ -95,7 +129,9 @@ def load_packed_model(
         _set_parameter(model, name, value.to(device, dtype))
         loaded.add(name)
 
+    tied = True
     for name, weight in checkpoint.weights():
+        tied &= name != architecture.head
         if isinstance(weight, Tensor):
             set_parameter(name, weight)
             continue
@@ -111,7 +147,10 @@ def load_packed_model(
                 set_parameter(module + ".weight", part.weight)
                 if part.bias is not None:
                     set_parameter(module + ".bias", part.bias)
-    model.tie_weights()
+    if tied:
+        model.tie_weights()
+    else:  # a file may have an output layer of its own whatever its config says
+        model.config.tie_word_embeddings = False
     missing = [name for name, _ in model.named_parameters() if name not in loaded]
     if missing:
         raise CheckpointError(f"{checkpoint.folder} has no {missing[0]}")

@@ -163,11 +163,12 @@ def _merged(
             progress=progress,
             folder=own,
         )
-        logger.info(
-            "merged %d layers; rounding them moved them %.2g times as far as the adapter does",
-            len(layers),
-            sum(layer.relative_to_change for layer in layers) / len(layers),
-        )
+        if layers:
+            logger.info(
+                "merged %d layers; rounding them moved them %.2g times as far as the adapter does",
+                len(layers),
+                sum(layer.relative_to_change for layer in layers) / len(layers),
+            )
         yield scratch
     finally:
         shutil.rmtree(scratch, ignore_errors=True)

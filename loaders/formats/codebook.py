@@ -55,7 +55,8 @@ class NestedAbsmax:
 
     def dequantize(self) -> Tensor:
         """float32 ``(blocks,)``, as bitsandbytes computes it."""
-        outer = self.absmax.repeat_interleave(self.blocksize)[: len(self.codes)]
+        blocks = torch.arange(len(self.codes)) // self.blocksize
+        outer = self.absmax[blocks]
         return self.levels[self.codes.int()] * outer + self.offset
 
 
@@ -103,7 +104,11 @@ class CodebookWeight:
         return size, self.scales()[block].view(out, columns // size)
 
     def packed(self) -> PackedWeight:
-        """The same weight in the form that kernels read. Raises ValueError as :meth:`groups`."""
+        """The same weight in the form that kernels read.
+
+        Raises ValueError as :meth:`groups`, and for scales that are not those of its blocks.
+        """
+        self._check()
         out, columns = self.codes.shape
         size, scales = self.groups()
         return PackedWeight(
@@ -116,3 +121,18 @@ class CodebookWeight:
             group_size=size,
             bias=self.bias,
         )
+
+    def _check(self) -> None:
+        blocks = -(-self.codes.numel() // self.blocksize)
+        _require("quant_map", self.levels, 16)
+        if isinstance(self.absmax, NestedAbsmax):
+            _require("absmax", self.absmax.codes, blocks)
+            _require("nested_absmax", self.absmax.absmax, -(-blocks // self.absmax.blocksize))
+            _require("nested_quant_map", self.absmax.levels, 256)
+        else:
+            _require("absmax", self.absmax, blocks)
+
+
+def _require(name: str, found: Tensor, size: int) -> None:
+    if found.shape != (size,):
+        raise ValueError(f"{name} has the shape {tuple(found.shape)}, expected ({size},)")

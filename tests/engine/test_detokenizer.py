@@ -381,6 +381,15 @@ def test_stop_strings_are_not_looked_for_before_min_tokens(byte_level: Tokenizer
     assert (text, stopped) == ("one two three ", True)
 
 
+@pytest.mark.parametrize("early", range(1, 8))
+def test_a_stop_string_counts_if_its_end_comes_after_min_tokens(
+    byte_level: Tokenizer, early: int
+) -> None:
+    output = [byte_level.token_to_id(letter) for letter in "xyENDz"]
+    expected = ("xy", True) if early < 5 else ("xyENDz", False)
+    assert spoken(byte_level, output, stop=("END",), min_tokens=early) == expected
+
+
 def test_special_tokens_that_are_shown_stand_in_the_text(byte_level: Tokenizer) -> None:
     """As a parser of an answer needs to see some markers, and no others."""
     vocabulary = Vocabulary(byte_level)

@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tokenizers import AddedToken, Tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from nybble.engine import (
@@ -26,6 +27,7 @@ from nybble.engine import (
     RequestOutput,
     SamplingParams,
 )
+from nybble.loaders import open_checkpoint
 
 CONFIG = EngineConfig(
     dtype=torch.float32,
@@ -383,5 +385,30 @@ def test_a_stop_string_that_names_a_special_token_stops_at_that_token(
             assert tokens(outputs) == [token] * count
             assert last.finish_reason == ("stop" if count == 1 else "length")
             assert "".join(output.text for output in outputs) == ""
+    finally:
+        engine.stop()
+
+
+def test_tokens_that_only_the_tokenizer_knows_are_never_asked_of_the_model(
+    tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    """As of text models that were cut out of multimodal ones."""
+    folder = Path(shutil.copytree(tiny_model(), tmp_path / "model"))
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.add_special_tokens([AddedToken("<image>", special=True)])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    engine = start(open_checkpoint(folder), speculate="ngram")
+    beyond = engine.tokens.tokenizer.convert_tokens_to_ids("<image>")
+    assert beyond == engine.tokens.rows
+
+    async def answered(id: str, params: SamplingParams, **options: Any) -> list[int]:
+        return tokens(await collect(engine, Request(id, (5, 6, 7), params, **options)))
+
+    try:
+        plain = asyncio.run(answered("plain", greedy(6)))
+        params = SamplingParams(max_tokens=6, min_tokens=5, temperature=0, stop=("<image>",))
+        assert len(asyncio.run(answered("stop", params))) >= 5
+        predicted = (*plain[:2], beyond, beyond, *plain[4:])
+        assert asyncio.run(answered("prediction", greedy(6), prediction=predicted)) == plain
     finally:
         engine.stop()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from typing import Any
 
@@ -87,6 +88,8 @@ CASES: list[tuple[Schema, list[Any], list[Any], list[str]]] = [
         [],
     ),
     ({"type": "string", "minLength": 2.0}, ["ab"], ["a"], []),
+    ({"type": "array", "minItems": math.inf}, [[]], ["a"], ["#/minItems"]),
+    ({"type": "integer", "maximum": math.inf}, [5], ["a"], ["#/maximum"]),
     ({"$schema": "./local.json", "type": "integer"}, [5], ["x"], []),
     (
         {

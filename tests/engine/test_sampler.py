@@ -111,6 +111,15 @@ def test_logprobs_come_before_penalties_and_only_where_asked() -> None:
     assert bare.top == ()
 
 
+@pytest.mark.parametrize("company", [None, 0, 1, 5, 20])
+def test_the_likeliest_of_equals_are_the_same_in_any_company(company: int | None) -> None:
+    logits = torch.zeros(2, 400)
+    asked = greedy(logprobs=3)
+    (_, alone), *_ = sample(reference, logits[:1].clone(), [asked])
+    (_, found), _ = sample(reference, logits, [greedy(logprobs=3), greedy(logprobs=company)])
+    assert found == alone
+
+
 def test_a_seed_draws_the_same_in_any_company() -> None:
     torch.manual_seed(0)
     logits = torch.randn(20, 400)

@@ -61,8 +61,13 @@ def rename(folder: Path, change: Callable[[str], str | None]) -> None:
         },
         {"layers_to_transform": [1], "target_modules": ["v_proj"]},
         {"layers_to_transform": 0, "layers_pattern": "layers", "exclude_modules": ["k_proj"]},
+        {"target_modules": ["q_proj", "lm_head"], "modules_to_save": ["lm_head"]},
+        {"target_modules": r".*(q_proj|embed_tokens)", "modules_to_save": ["embed_tokens"]},
     ],
-    ids=["all", "some", "regex", "all-linear rslora", "patterns", "one layer", "excluded"],
+    ids=[
+        *("all", "some", "regex", "all-linear rslora", "patterns", "one layer", "excluded"),
+        *("saved head", "saved embedding"),
+    ],
 )
 def test_every_module_changes_by_what_peft_adds(
     tiny_model: Callable[..., Path],
@@ -84,6 +89,24 @@ def test_every_module_changes_by_what_peft_adds(
     assert adapter.modules.keys() == expected.keys()
     for name, module in adapter.modules.items():
         torch.testing.assert_close(module.scale * module.b @ module.a, expected[name])
+
+
+def test_all_linear_means_the_decoders_layers(
+    tiny_model: Callable[..., Path], tiny_adapter: Callable[..., Path], tmp_path: Path
+) -> None:
+    """peft writes a list, but reads the word."""
+    from peft import PeftModel
+
+    base = AutoModelForCausalLM.from_pretrained(tiny_model(), dtype=torch.float32)
+    folder = Path(shutil.copytree(tiny_adapter(target_modules="all-linear"), tmp_path / "adapter"))
+    configure(folder, target_modules="All-Linear")
+    adapted = PeftModel.from_pretrained(base, folder)
+    adapter = load_adapter(folder, architecture_of(base.config))
+    assert len(adapter.modules) == sum(
+        ".lora_A.default." in n for n, _ in adapted.named_parameters()
+    )
+    assert adapter.head is None
+    assert adapter.embedding is None
 
 
 @pytest.mark.parametrize(

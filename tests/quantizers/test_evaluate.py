@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from nybble.loaders import open_checkpoint, save_packed
 from nybble.quantizers import quantize_checkpoint
@@ -41,10 +41,33 @@ def test_windows_that_make_no_sense_are_refused(count: int, length: int, stride:
         windows(count, length, stride)
 
 
-def test_figures_equal_those_from_transformers_own_model(
-    tmp_path: Path, tiny_model: Callable[..., Path]
-) -> None:
-    source, ids = tiny_model(), tokens(300)
+def write_model(folder: Path, family: str) -> Path:
+    config = AutoConfig.for_model(
+        family,
+        vocab_size=320,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        logits_scaling=8.0,
+        logit_scale=0.25,
+        final_logit_softcapping=3.0,
+    )
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.3)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("family", ["qwen2", "granite", "cohere2", "gemma2"])
+def test_figures_equal_those_from_transformers_own_model(tmp_path: Path, family: str) -> None:
+    """Granite and Cohere scale logits, Gemma 2 caps them."""
+    source, ids = write_model(tmp_path / "m", family), tokens(300)
     quantize_checkpoint(source, tmp_path / "q", format="nf4", double_quant=True, progress=False)
     exact, found = evaluate(
         source, {"nf4": tmp_path / "q"}, ids, length=64, dtype=torch.float32, progress=False
