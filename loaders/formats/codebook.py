@@ -124,11 +124,9 @@ class CodebookWeight:
 
     def _check(self) -> None:
         blocks = -(-self.codes.numel() // self.blocksize)
-        _require("quant_map", self.levels, 16)
         if isinstance(self.absmax, NestedAbsmax):
             _require("absmax", self.absmax.codes, blocks)
             _require("nested_absmax", self.absmax.absmax, -(-blocks // self.absmax.blocksize))
-            _require("nested_quant_map", self.absmax.levels, 256)
         else:
             _require("absmax", self.absmax, blocks)
 

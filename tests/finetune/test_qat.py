@@ -6,9 +6,11 @@ import json
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -202,6 +204,20 @@ def test_fewer_bits_use_fewer_codes(tmp_path: Path, tiny_model: Callable[..., Pa
         quantization_aware_train(
             tiny_model(), tmp_path / "d", tmp_path / "out", settings=QatSettings(bits=5)
         )
+
+
+def test_an_mtp_head_is_kept(tmp_path: Path, tiny_mtp: ModuleType) -> None:
+    tiny_mtp.write_tiny_mtp(tmp_path / "m", "qwen3_5_text")
+    data = tmp_path / "data.jsonl"
+    data.write_text(json.dumps({"text": TEXT}))
+    settings = QatSettings(steps=1, group_size=32)
+    quantization_aware_train(
+        tmp_path / "m", data, tmp_path / "q", settings=settings, progress=False
+    )
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("m", "q"))
+    head = [name for name in before if name.startswith("mtp.")]
+    assert head
+    assert all(torch.equal(before[name], after[name]) for name in head)
 
 
 def test_a_quantized_base_is_refused(tmp_path: Path, tiny_model: Callable[..., Path]) -> None:

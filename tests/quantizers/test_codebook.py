@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from bitsandbytes.functional import create_dynamic_map, get_4bit_type, quantize_4bit
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+from nybble.loaders import CheckpointError, open_checkpoint
 from nybble.loaders.formats.codebook import LEVELS, NestedAbsmax
 from nybble.quantizers import quantize_checkpoint
 from nybble.quantizers.codebook import dynamic_map, quantize_codebook
@@ -56,6 +58,39 @@ def test_absmax_all_alike_leaves_a_second_level_of_zero() -> None:
     assert isinstance(ours.absmax, NestedAbsmax)
     assert torch.equal(ours.absmax.codes, state.absmax)
     assert torch.equal(ours.dequantize(), weight)
+
+
+@pytest.mark.parametrize(
+    ("nested", "field", "change", "message"),
+    [
+        (False, "absmax", lambda t: t[:-1], r"absmax has the shape \(511,\), expected \(512,\)"),
+        (False, "absmax", lambda t: t.repeat(2), "absmax has the shape"),
+        (True, "absmax", lambda t: t[:-1], "absmax has the shape"),
+        (True, "nested_absmax", lambda t: t.repeat(2), "nested_absmax has the shape"),
+    ],
+)
+def test_scales_that_are_not_of_the_blocks_are_named(
+    tmp_path: Path,
+    tiny_model: Callable[..., Path],
+    nested: bool,
+    field: str,
+    change: Callable[[Tensor], Tensor],
+    message: str,
+) -> None:
+    quantize_checkpoint(
+        tiny_model(), tmp_path / "q", format="nf4", double_quant=nested, progress=False
+    )
+    file, name = tmp_path / "q" / "model.safetensors", f"model.layers.0.mlp.up_proj.weight.{field}"
+    tensors = load_file(file)
+    save_file({**tensors, name: change(tensors[name]).clone()}, file, {"format": "pt"})
+    with pytest.raises(CheckpointError, match=f"mlp.up_proj: {message}"):
+        dict(open_checkpoint(tmp_path / "q").weights())
+
+
+def test_blocks_of_scales_take_no_memory_beyond_their_number() -> None:
+    codes, levels = torch.zeros(4, dtype=torch.uint8), torch.ones(256)
+    scales = NestedAbsmax(codes, torch.tensor([2.0]), levels, 0.5, blocksize=1 << 40)
+    assert scales.dequantize().tolist() == [2.5] * 4
 
 
 @pytest.mark.parametrize("nested", [False, True])

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AwqConfig, BitsAndBytesConfig, GPTQConfig
 from transformers.quantizers.auto import AutoQuantizationConfig
@@ -299,6 +301,30 @@ def test_true_sequential_changes_what_later_layers_see(
     first, later = "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.down_proj"
     assert errors[True][first] == errors[False][first]
     assert errors[True][later] != errors[False][later]
+
+
+@pytest.mark.parametrize("format", ["gptq", "awq"])
+def test_a_layer_of_zeros_stays_one(
+    tmp_path: Path, tiny_model: Callable[..., Path], format: str
+) -> None:
+    """As models have that were made deeper (LLaMA Pro)."""
+    source = Path(shutil.copytree(tiny_model(family="llama"), tmp_path / "m"))
+    tensors = load_file(source / "model.safetensors")
+    module = "model.layers.1.mlp.down_proj"
+    tensors[f"{module}.weight"].zero_()
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    errors = quantize_checkpoint(
+        source,
+        tmp_path / "q",
+        format=format,
+        group_size=32,
+        calibration=calibration(),
+        progress=False,
+    )
+    assert {error.name: error.relative for error in errors}[module] == 0
+    found = dict(open_checkpoint(tmp_path / "q").weights())[module]
+    assert isinstance(found, PackedWeight)
+    assert not found.dequantize().any()
 
 
 def test_what_does_not_fit_is_refused_by_name(

@@ -8,12 +8,14 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -271,6 +273,21 @@ def test_a_bias_for_a_layer_without_one_is_not_merged(
     ):
         merge_adapter(tiny_model(), adapter, tmp_path / "out", progress=False)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("format", [None, "nf4"])
+def test_an_mtp_head_is_kept(tmp_path: Path, tiny_mtp: ModuleType, format: str | None) -> None:
+    source = tmp_path / "m"
+    tiny_mtp.write_tiny_mtp(source, "qwen3_5_text")
+    base = AutoModelForCausalLM.from_pretrained(source)
+    config = LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False)
+    get_peft_model(base, config).save_pretrained(tmp_path / "a")
+    adapter = load_adapter(tmp_path / "a", architecture_of(open_checkpoint(source).config))
+    merge_adapter(source, adapter, tmp_path / "q", format=format, progress=False)
+    before, after = (load_file(path / "model.safetensors") for path in (source, tmp_path / "q"))
+    head = [name for name in before if name.startswith("mtp.")]
+    assert head
+    assert all(torch.equal(before[name], after[name]) for name in head)
 
 
 @pytest.mark.parametrize(

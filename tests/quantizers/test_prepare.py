@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Callable
@@ -81,6 +82,16 @@ def test_a_change_in_a_subfolder_is_a_change_of_the_model(gptq: Path) -> None:
     second = opened(gptq)
     assert second.folder != first.folder
     assert (second.folder / "1_Pooling" / "config.json").is_file()
+
+
+def test_settings_in_a_file_of_their_own_are_a_part_of_the_model(gptq: Path) -> None:
+    config = json.loads((gptq / "config.json").read_text())
+    settings = config.pop("quantization_config")
+    (gptq / "config.json").write_text(json.dumps(config))
+    (gptq / "quantize_config.json").write_text(json.dumps({**settings, "desc_act": True}))
+    first = opened(gptq)
+    (gptq / "quantize_config.json").write_text(json.dumps(settings))
+    assert opened(gptq).folder != first.folder
 
 
 @pytest.mark.parametrize("damage", ["truncated", "missing", "header", "tensor"])
@@ -206,6 +217,18 @@ def test_an_adapter_is_merged_before_packing(
     assert not list((cache / "packed").glob("*.merged"))
     with pytest.raises(ValueError, match="is packed already"):
         prepare_checkpoint(str(merged().folder), device=CPU, adapter=adapter)
+
+
+def test_an_adapter_may_change_no_layer_of_the_decoder(
+    cache: Path, tiny_model: Callable[..., Path], tiny_adapter: Callable[..., Path]
+) -> None:
+    adapter = str(tiny_adapter(target_modules=["lm_head"]))
+    plain = dict(open_checkpoint(tiny_model()).weights())["lm_head"]
+    merged = prepare_checkpoint(str(tiny_model()), device=CPU, adapter=adapter, progress=False)
+    found = dict(merged.weights())["lm_head"]
+    assert isinstance(plain, DenseWeight)
+    assert isinstance(found, DenseWeight)
+    assert not torch.equal(found.weight, plain.weight)
 
 
 def test_merging_into_a_4_bit_model_keeps_its_scales(
