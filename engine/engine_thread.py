@@ -223,6 +223,8 @@ class EngineThread(threading.Thread):
                 self._die(failure)
                 return
             self._fail_all(EngineFailedError(f"the engine has failed: {failure}"))
+            if self._stopping:  # its message may be among those that were dropped
+                return
             logger.warning("the engine begins again, with an empty KV cache")
 
     def _die(self, failure: str) -> None:

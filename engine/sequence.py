@@ -90,7 +90,8 @@ class CachedTokens:
         it."""
         if not self._cache_salt:
             return b""
-        return blake2b(self._cache_salt.encode(), digest_size=16, person=b"cache_salt").digest()
+        salt = self._cache_salt.encode(errors="surrogatepass")
+        return blake2b(salt, digest_size=16, person=b"cache_salt").digest()
 
     def prefix_mark(self, first: int, last: int) -> bytes:
         """What the key of the block of these positions is marked with, beside its tokens."""

@@ -203,6 +203,27 @@ def test_a_failure_while_beginning_again_counts_too(
         assert (engine.stats().failures, engine.stats().restarts) == (4, 3)
 
 
+def test_an_engine_that_is_stopped_as_it_begins_again_ends(
+    tiny_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with running(tiny_model(), restarts=3) as engine:
+        thread = engine._thread
+        stopping = threading.Thread(target=engine.stop)
+        take = thread._restarts.take
+
+        def take_while_it_is_stopped() -> bool:
+            stopping.start()
+            while thread._inbox.empty():
+                pass
+            return take()
+
+        monkeypatch.setattr(thread._restarts, "take", take_while_it_is_stopped)
+        fails(engine, monkeypatch, RuntimeError("once"), first(1))
+        asyncio.run(gather(engine, [request("a")]))
+        stopping.join(60)
+        assert not stopping.is_alive()
+
+
 def test_restarts_are_bounded_in_a_window_of_time() -> None:
     now = [0.0]
     restarts = Restarts(2, seconds=100, clock=lambda: now[0])
