@@ -151,6 +151,8 @@ def load_adapter(folder: Path, architecture: Architecture) -> LoRAAdapter:
     parts: dict[str, dict[str, Tensor]] = {}
     stacked = {key: tensor for key, tensor in tensors.items() if is_of_stacked_experts(key)}
     at_ends = end_keys(tensors, architecture)
+    of_ends = {key: tensors[key] for key in at_ends}
+    ends = read_ends(path, settings, of_ends, at_ends, architecture)
     selected = [shape for name, shape in shapes.items() if settings.selects(name)]
     shared = _shared(path, settings, tensors, selected or list(shapes.values()))
     inside = tensors.keys() - stacked.keys() - at_ends.keys()
@@ -190,8 +192,6 @@ def load_adapter(folder: Path, architecture: Architecture) -> LoRAAdapter:
         if change.module in modules:
             raise AdapterError(f"{path} adapts {change.module} twice: also in {change.parameter}")
         modules[change.module] = LoRAModule(change.a, change.b, settings.scale(change.parameter))
-    of_ends = {key: tensors[key] for key in at_ends}
-    ends = read_ends(path, settings, of_ends, at_ends, architecture)
     if not (modules or ends.embedding or ends.head or ends.norms):
         raise AdapterError(f"{path}: its target_modules select nothing of the base model")
     if settings.invocation and (ends.embedding or settings.bias != "none"):

@@ -12,11 +12,13 @@ import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import regex
 
+from nybble.loaders import patterns
 from nybble.loaders.errors import AdapterError, unreadable
 
 logger = logging.getLogger(__name__)
@@ -25,7 +27,6 @@ _Number = TypeVar("_Number", int, float)
 
 CONFIG_FILE = "adapter_config.json"
 MAX_RANK = 512
-_MATCH_SECONDS = 1.0
 
 # Accepted but ignored: they concern only training, file paths, or how peft itself computes.
 _NO_EFFECT = {
@@ -183,7 +184,7 @@ class AdapterSettings:
     def check_patterns(self) -> None:
         """Raises regex.error if a pattern is not a regular expression."""
         ranks = () if self.singular_values else self.rank_pattern
-        for pattern in (*ranks, *self.alpha_pattern, *self.layers_pattern):
+        for pattern in (*ranks, *self.alpha_pattern, *self.layers_pattern, *self.modules_to_save):
             regex.compile(pattern)
         for names in (self.target_modules, self.exclude_modules, self.feedforward_modules):
             if isinstance(names, str):
@@ -374,21 +375,13 @@ def _token_indices(value: Any) -> tuple[int, ...] | dict[str, tuple[int, ...]] |
     return tuple(map(int, value)) if value else None
 
 
-def _match(pattern: str, module: str, *, whole: bool = False) -> regex.Match[str] | None:
-    """``re.match`` or ``re.fullmatch``, as peft uses them; AdapterError if it takes too long."""
-    try:
-        function = regex.fullmatch if whole else regex.match
-        return function(pattern, module, timeout=_MATCH_SECONDS)
-    except TimeoutError:
-        raise AdapterError(
-            f"the pattern {pattern!r} takes over {_MATCH_SECONDS} s to match {module}: simplify it"
-        ) from None
+_match = partial(patterns.match, error=AdapterError)
 
 
 def _matches(names: str | tuple[str, ...], module: str) -> bool:
     """A string is a regular expression for the whole name; a list holds names or their ends."""
     if isinstance(names, str):
-        return _match(names, module, whole=True) is not None
+        return _match(names, module, "fullmatch") is not None
     return any(module == name or module.endswith("." + name) for name in names)
 
 

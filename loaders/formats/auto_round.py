@@ -8,11 +8,11 @@ them; the first match is used.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Self
 
+import regex
 from torch import Tensor
 
 from nybble.loaders.errors import CheckpointError
@@ -21,6 +21,7 @@ from nybble.loaders.formats.awq import Awq
 from nybble.loaders.formats.base import AffineFormat
 from nybble.loaders.formats.gptq import Gptq
 from nybble.loaders.formats.settings import Settings
+from nybble.loaders.patterns import match
 from nybble.loaders.shards import Shards
 from nybble.loaders.tensor_file import TensorHeader
 
@@ -74,7 +75,7 @@ class AutoRound(AffineFormat):
 
     def for_module(self, module: str) -> Self:
         named = [found for name, found in self.extra if name == module]
-        matched = [found for name, found in self.extra if re.search(name, module)]
+        matched = [found for name, found in self.extra if match(name, module, "search")]
         overrides = (named or matched)[:1]
         if not overrides or overrides[0].integer("bits", self.bits) >= 16:
             return self
@@ -109,8 +110,8 @@ def _extra(settings: Settings) -> tuple[tuple[str, Settings], ...]:
         if not isinstance(overrides, Mapping):
             raise CheckpointError(f"{source} is {overrides!r}, expected an object")
         try:
-            re.compile(name)
-        except re.error as error:
+            regex.compile(name)
+        except regex.error as error:
             raise CheckpointError(f"{source} is not a regular expression: {error}") from error
         found.append((name, Settings(overrides, source)))
     return tuple(found)

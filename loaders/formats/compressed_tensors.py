@@ -12,11 +12,11 @@ one whose ``re:`` pattern matches the beginning of its name, else to one for its
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Self
 
+import regex
 import torch
 from torch import Tensor
 
@@ -33,6 +33,7 @@ from nybble.loaders.formats.base import (
 )
 from nybble.loaders.formats.fp8 import Fp8
 from nybble.loaders.formats.settings import Settings
+from nybble.loaders.patterns import match
 from nybble.loaders.shards import Shards
 from nybble.loaders.tensor_file import TensorHeader
 
@@ -142,7 +143,7 @@ class CompressedTensors(OfCompressedTensors, AffineFormat):
         for target, group in self.groups:
             pattern = target.removeprefix("re:")
             if target in (module, _LINEAR) or (
-                pattern != target and re.match(pattern, module) is not None
+                pattern != target and match(pattern, module) is not None
             ):
                 return replace(
                     self,
@@ -254,8 +255,8 @@ def _by_rank(
     chosen = dict(groups)
     for target in chosen:
         try:
-            re.compile(target.removeprefix("re:"))
-        except re.error as error:
+            regex.compile(target.removeprefix("re:"))
+        except regex.error as error:
             raise CheckpointError(
                 f"config_groups has the target {target!r}, which is not a regular expression: "
                 f"{error}"

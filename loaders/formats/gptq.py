@@ -18,6 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
+import regex
 import torch
 from torch import Tensor
 
@@ -38,6 +39,7 @@ from nybble.loaders.formats.base import (
     read_words,
 )
 from nybble.loaders.formats.settings import Settings
+from nybble.loaders.patterns import match
 from nybble.loaders.shards import Shards
 from nybble.loaders.tensor_file import TensorHeader
 
@@ -56,7 +58,7 @@ class Gptq(AffineFormat):
 
     zeros_are_one_less: bool = True
     words: torch.dtype = torch.int32
-    dynamic: tuple[tuple[re.Pattern[str], Mapping[str, Any]], ...] = ()
+    dynamic: tuple[tuple[regex.Pattern[str], Mapping[str, Any]], ...] = ()
 
     quant_method: ClassVar[str] = "gptq"
     own_file: ClassVar[str | None] = "quantize_config.json"
@@ -107,7 +109,7 @@ class Gptq(AffineFormat):
 
     def for_module(self, module: str) -> Self:
         for pattern, overrides in self.dynamic:
-            if pattern.match(module):
+            if match(pattern, module):
                 found = Settings(overrides, f"dynamic {pattern.pattern!r}")
                 return replace(
                     self,
@@ -160,13 +162,13 @@ class Gptq(AffineFormat):
         return AffineSizes(out, columns, scales.shape[0], scales.itemsize)
 
 
-def _dynamic(settings: Settings) -> tuple[tuple[re.Pattern[str], Mapping[str, Any]], ...]:
+def _dynamic(settings: Settings) -> tuple[tuple[regex.Pattern[str], Mapping[str, Any]], ...]:
     found = []
     for written, overrides in settings.table("dynamic").items():
         pattern = written[2:] if written.startswith(("-:", "+:")) else written
         try:
-            compiled = re.compile(pattern)
-        except re.error as error:
+            compiled = regex.compile(pattern)
+        except regex.error as error:
             raise CheckpointError(
                 f"{settings.source}: dynamic has {written!r}, which is not a regular expression: "
                 f"{error}"
