@@ -29,7 +29,7 @@ _READS_AT_ONCE = 2
 
 @dataclass(frozen=True)
 class MixturePart:
-    """An adapter in a mixture: where it is, the digest of its files' content, and its weight."""
+    """An adapter in a mixture: where it is, the digest of PEFT's two files, and its weight."""
 
     name: str
     folder: Path
@@ -43,6 +43,7 @@ class AdapterVersion:
 
     digest: of its files' content.
     nbytes: size in host memory.
+    weights_digest: of the content of PEFT's two files, which is all that a mixture has of it.
     loaded: when, in seconds since 1970.
     hits: requests so far.
     waiting: queued requests that use it.
@@ -68,6 +69,7 @@ class AdapterVersion:
     digest: bytes
     rank: int
     nbytes: int
+    weights_digest: bytes = b""
     loaded: int = field(default_factory=lambda: int(time.time()))
     hits: int = 0
     waiting: int = 0

@@ -374,7 +374,7 @@ class AdapterRegistry:
                     "adapter",
                     f"adapter {name!r} {version.not_a_sum}: only plain LoRA can be mixed",
                 )
-            own = MixturePart(name, version.folder, version.digest, 1.0)
+            own = MixturePart(name, version.folder, version.weights_digest, 1.0)
             parts += [
                 replace(each, weight=weight * each.weight) for each in version.parts or (own,)
             ]
@@ -492,6 +492,7 @@ class AdapterRegistry:
             adapter.digest,
             adapter.rank,
             staged.nbytes,
+            weights_digest=adapter.digest,
             parts=parts,
             not_a_sum=not_a_sum(adapter) or (None if own_tokens is None else "has own tokens"),
             invocation=adapter.invocation,

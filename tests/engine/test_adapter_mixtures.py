@@ -162,6 +162,36 @@ def test_a_mixture_follows_an_adapter_that_is_replaced(
         engine.stop()
 
 
+def test_adapters_with_settings_of_their_own_are_mixed_as_those_without(
+    reference: Any,
+    tiny_model: Callable[..., Path],
+    tiny_adapter: Callable[..., Path],
+    tmp_path: Path,
+) -> None:
+    """Whatever becomes of the settings, of which a mixture has none."""
+    engine = reference.start(open_checkpoint(tiny_model()), **ENGINE)
+
+    def said(adapter: Any) -> list[int]:
+        return list(reference.alone(engine, range(3, 20), 8, adapter=adapter))
+
+    try:
+        for name in ("a", "b"):
+            plain = tiny_adapter(**ADAPTERS[name])
+            own = Path(shutil.copytree(plain, tmp_path / name))
+            (own / "chat_template.jinja").write_text("{{ messages[0]['content'] }}:")
+            (own / "generation_config.json").write_text('{"eos_token_id": 299}')
+            engine.load_adapter(name, str(plain))
+            engine.load_adapter(f"own {name}", str(own))
+        expected = said(AdapterMixture({"a": 0.5, "b": 2}))
+        assert said(AdapterMixture({"own a": 0.5, "own b": 2})) == expected
+        assert said(AdapterMixture({"own a": 0.5, "b": 2})) == expected
+        (tmp_path / "a" / "chat_template.jinja").write_text("{{ messages[0]['content'] }}!")
+        engine.load_mixture("half", AdapterMixture({"own a": 0.25, "own b": 1}))
+        assert said(AdapterMixture({"half": 2})) == expected
+    finally:
+        engine.stop()
+
+
 @pytest.mark.parametrize(
     ("weights", "message"),
     [
