@@ -176,7 +176,8 @@ class AdapterRegistry:
     ) -> AdapterInfo:
         """Serve a mixture of loaded adapters, as they are now, as ``name``; see :meth:`load`.
 
-        Raises ParameterError too, if an adapter is not loaded or cannot be mixed.
+        Raises AdapterError too, if the files of an adapter have changed since it was loaded, and
+        ParameterError if one is not loaded or cannot be mixed.
         """
         self._check_name(name, replace, expected)
         with self._lock:
@@ -464,6 +465,11 @@ class AdapterRegistry:
         architecture = self.slots.architecture
         if parts:
             mixed = [load_adapter(part.folder, architecture) for part in parts]
+            for part, found in zip(parts, mixed, strict=True):
+                if found.digest != part.digest:
+                    raise AdapterError(
+                        f"{_changed(part.folder, part.name)}, and then its mixtures that have names"
+                    )
             adapter = combine_adapters(mixed, [part.weight for part in parts])
         else:
             adapter = load_adapter(folder, architecture)
@@ -528,10 +534,7 @@ class AdapterRegistry:
             try:
                 again, staged = self._read(version.name, version.folder, version.parts)
                 if again.digest != version.digest:
-                    raise AdapterError(
-                        f"{version.folder} has changed since adapter {version.name!r} was loaded "
-                        "from it: load it again"
-                    )
+                    raise AdapterError(_changed(version.folder, version.name))
             except Exception as error:  # of any kind, or requests would wait for ever
                 if not isinstance(error, AdapterError | OSError):
                     logger.exception("reading adapter %s failed", version.name)
@@ -554,6 +557,10 @@ def require_rank(what: object, rank: int, max_rank: int) -> None:
             f"{what} has rank {rank}, but this server holds adapters up to rank {max_rank}: raise "
             "max_rank"
         )
+
+
+def _changed(folder: Path, name: str) -> str:
+    return f"{folder} has changed since adapter {name!r} was loaded from it: load it again"
 
 
 def _digest(parts: tuple[MixturePart, ...]) -> bytes:

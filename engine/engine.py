@@ -503,7 +503,8 @@ class Engine:
     ) -> AdapterInfo:
         """Serve a mixture of loaded adapters, as they are now, as ``name``; see load_adapter.
 
-        Raises ParameterError if an adapter is not loaded or cannot be mixed.
+        Raises AdapterError too if the files of an adapter have changed since it was loaded, and
+        ParameterError if one is not loaded or cannot be mixed.
         """
         adapters = self._require_adapters()
         return adapters.load_mixture(name, mixture, replace=replace, expected=expected)

@@ -14,6 +14,7 @@ from peft import PeftModel
 
 from nybble.engine import (
     AdapterConfig,
+    AdapterError,
     AdapterMixture,
     AdapterUnavailableError,
     ParameterError,
@@ -188,6 +189,36 @@ def test_adapters_with_settings_of_their_own_are_mixed_as_those_without(
         (tmp_path / "a" / "chat_template.jinja").write_text("{{ messages[0]['content'] }}!")
         engine.load_mixture("half", AdapterMixture({"own a": 0.25, "own b": 1}))
         assert said(AdapterMixture({"half": 2})) == expected
+    finally:
+        engine.stop()
+
+
+def test_a_mixture_gets_no_name_if_files_of_an_adapter_have_changed(
+    reference: Any,
+    tiny_model: Callable[..., Path],
+    tiny_adapter: Callable[..., Path],
+    tmp_path: Path,
+) -> None:
+    """It would not be a mixture of the adapters that are loaded."""
+    engine = reference.start(open_checkpoint(tiny_model()), **ENGINE)
+    mixture = AdapterMixture({"b": 0.5, "a": 1.5})
+
+    def said(adapter: Any) -> list[int]:
+        return list(reference.alone(engine, range(3, 20), 8, adapter=adapter))
+
+    try:
+        folder = Path(shutil.copytree(tiny_adapter(seed=1), tmp_path / "a"))
+        engine.load_adapter("a", str(folder))
+        engine.load_adapter("b", str(tiny_adapter(**ADAPTERS["b"])))
+        before = said(mixture)
+        shutil.copytree(tiny_adapter(seed=8), folder, dirs_exist_ok=True)
+        with pytest.raises(AdapterError, match=f"{folder} has changed since adapter 'a' was load"):
+            engine.load_mixture("mixed", mixture)
+        assert [info.name for info in engine.adapters()] == ["a", "b"]
+        assert said(mixture) == before
+        engine.load_adapter("a", str(folder))
+        engine.load_mixture("mixed", mixture)
+        assert said("mixed") == said(mixture) != before
     finally:
         engine.stop()
 
