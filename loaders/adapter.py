@@ -105,17 +105,25 @@ def resolve_adapter(name: str) -> Path:
     )
 
 
-def files_stamp(name: str) -> tuple[tuple[int, int], ...]:
-    """Sizes and times of change of the two files of an adapter's folder, without reading them.
+def files_stamp(name: str) -> tuple[tuple[int, int] | None, ...]:
+    """Sizes and times of change of the files of an adapter's folder, without reading them; None
+    for one that is not there.
 
     Empty for an adapter of the hub, whose files are another folder for each version.
     """
     folder = Path(name).expanduser()
-    try:
-        found = [(folder / file).stat() for file in (CONFIG_FILE, _SAFETENSORS)]
-    except OSError:
+    needed = [_file_stamp(folder / file) for file in (CONFIG_FILE, _SAFETENSORS)]
+    if None in needed:
         return ()
-    return tuple((each.st_size, each.st_mtime_ns) for each in found)
+    return (*needed, *(_file_stamp(folder / file) for file in OWN_FILES))
+
+
+def _file_stamp(file: Path) -> tuple[int, int] | None:
+    try:
+        found = file.stat()
+    except OSError:
+        return None
+    return found.st_size, found.st_mtime_ns
 
 
 def content_digest(folder: Path) -> str:

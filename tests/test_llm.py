@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import inspect
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -21,6 +22,7 @@ import torch
 import nybble
 from nybble import LLM, Completion, SamplingParams
 from nybble.engine import (
+    AdapterUnavailableError,
     Engine,
     EngineConfig,
     EngineStoppedError,
@@ -150,6 +152,52 @@ def test_an_adapter_whose_files_have_changed_is_read_again(
         found.append(llm.generate([[5, 6, 7]], GREEDY, adapter=folder))
         assert found[-1] == llm.generate([[5, 6, 7]], GREEDY, adapter=tiny_adapter(seed=seed))
     assert found[0] != found[1]
+
+
+def test_an_adapters_settings_that_have_changed_are_read_again(
+    llm: LLM, tiny_adapter: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(tiny_adapter(seed=1), tmp_path / "adapter"))
+    template, generation = folder / "chat_template.jinja", folder / "generation_config.json"
+
+    def prompt() -> str:
+        (found,) = llm.chat([{"role": "user", "content": "hi"}], GREEDY, adapter=folder)
+        return str(llm.tokenizer.decode(found.prompt_token_ids))
+
+    before = prompt()
+    template.write_text("{{ messages[0]['content'] }}:")
+    assert prompt() == "hi:"
+    generation.write_text('{"do_sample": true, "temperature": 0.25}')
+    assert prompt() == "hi:"
+    assert llm._default_params(str(folder)).temperature == 0.25
+    template.unlink()
+    assert prompt() == before
+
+
+def test_an_adapter_that_is_no_longer_what_was_read_is_read_again_by_the_next_call(
+    llm: LLM,
+    tiny_model: Callable[..., Path],
+    tiny_adapter: Callable[..., Path],
+    tmp_path: Path,
+) -> None:
+    """Not even the time of its files tells; memory has room for one adapter."""
+    folder = Path(shutil.copytree(tiny_adapter(seed=1), tmp_path / "adapter"))
+    llm.generate([[5, 6, 7]], GREEDY, adapter=folder)
+    info = llm._engine.adapter(str(folder))
+    assert info is not None
+    options = {"enable_lora": True, "max_loras": 1, "max_lora_rank": 8}
+    with LLM(tiny_model(), lora_host_bytes=info.nbytes, **options, **SMALL) as small:
+        before = small.generate([[5, 6, 7]], GREEDY, adapter=folder)
+        small.generate([[5, 6, 7]], GREEDY, adapter=tiny_adapter(seed=2))
+        file = folder / "adapter_config.json"
+        times = file.stat().st_atime_ns, file.stat().st_mtime_ns
+        file.write_text(file.read_text().replace('"lora_alpha": 8', '"lora_alpha": 1'))
+        os.utime(file, ns=times)
+        with pytest.raises(AdapterUnavailableError, match="has changed since"):
+            small.generate([[5, 6, 7]], GREEDY, adapter=folder)
+        found = small.generate([[5, 6, 7]], GREEDY, adapter=folder)
+    assert found == llm.generate([[5, 6, 7]], GREEDY, adapter=folder.rename(tmp_path / "b"))
+    assert found != before
 
 
 def test_every_prompt_may_have_parameters_of_its_own(llm: LLM) -> None:

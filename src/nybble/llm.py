@@ -28,6 +28,7 @@ from transformers import PreTrainedTokenizerBase
 
 from nybble.engine import (
     AdapterConfig,
+    AdapterUnavailableError,
     Engine,
     EngineConfig,
     EngineStoppedError,
@@ -332,7 +333,8 @@ class LLM:
         self.tokenizer: PreTrainedTokenizerBase = engine.tokenizer
         self._engine = engine
         self._adapters_enabled = enable_lora
-        self._stamps: dict[str, tuple[tuple[int, int], ...]] = {}  # of adapters' files, when read
+        # Of the files of loaded adapters, when they were read.
+        self._stamps: dict[str, tuple[tuple[int, int] | None, ...]] = {}
         self._templates = TemplateRenderer()
         self._chat_encoder = ChatEncoder(engine.tokenizer)
         self._parts: dict[str, bool] = {}  # by template: whether it reads content as parts
@@ -379,8 +381,9 @@ class LLM:
         progress: show how many are done, on stderr.
 
         Raises ParameterError naming the prompt that cannot be served, AdapterError for an adapter
-        that cannot be read, EngineStoppedError once the LLM is closed, and EngineFailedError if the
-        engine fails. The other prompts are then given up.
+        that cannot be read, AdapterUnavailableError for one that was read and whose files are found
+        to be others only now (the next call reads them), EngineStoppedError once the LLM is closed,
+        and EngineFailedError if the engine fails. The other prompts are then given up.
         """
         listed = _as_list(prompts)
         adapters = self._adapters_of(adapter, len(listed))
@@ -545,9 +548,8 @@ class LLM:
             raise ParameterError(
                 "adapter", "there is no room for adapters: give LLM(…, enable_lora=True)"
             )
-        stamp = files_stamp(path)
-        unchanged = not stamp or stamp == self._stamps.get(path)
-        if unchanged and self._engine.adapter(path) is not None:
+        stamp, known = files_stamp(path), self._stamps.get(path)
+        if known is not None and (not stamp or stamp == known):
             return
         with _options_named():
             self._engine.load_adapter(path, path)
@@ -573,6 +575,9 @@ class LLM:
             try:
                 async with self._places:
                     completion = await self._one(request, prompt_known)
+            except AdapterUnavailableError:  # the next call loads it again
+                self._stamps.pop(str(request.adapter), None)
+                raise
             except ParameterError as error:
                 where = f"prompt {index}: " if len(requests) > 1 else ""
                 raise ParameterError(error.parameter, f"{where}{error}") from None

@@ -132,6 +132,22 @@ def test_the_names_of_other_peft_versions_are_read(
     assert found.digest != expected.digest
 
 
+@pytest.mark.parametrize("name", adapter.OWN_FILES)
+def test_the_stamp_of_a_folder_tells_that_a_file_has_come_or_changed_or_gone(
+    editable: Path, name: str
+) -> None:
+    file = editable / name
+    without = adapter.files_stamp(str(editable))
+    file.write_text("a")
+    first = adapter.files_stamp(str(editable))
+    file.write_text("of another size")
+    second = adapter.files_stamp(str(editable))
+    assert adapter.files_stamp(str(editable)) == second
+    assert len({without, first, second}) == 3
+    file.unlink()
+    assert adapter.files_stamp(str(editable)) == without
+
+
 @pytest.mark.parametrize("init", ["pissa", "olora"])
 def test_an_adapter_that_changed_the_base_is_read_once_peft_has_converted_it(
     tiny_model: Callable[..., Path], architecture: Architecture, tmp_path: Path, init: str
