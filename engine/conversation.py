@@ -9,9 +9,11 @@ from __future__ import annotations
 import json
 import re
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from pydantic_core import from_json
 from tokenizers import AddedToken, Tokenizer
@@ -19,7 +21,10 @@ from tokenizers import AddedToken, Tokenizer
 from nybble.loaders.adapter_tokens import TextTokenizer
 from nybble.loaders.templates import TemplateRefusedError
 
+T = TypeVar("T")
 Turn = dict[str, Any]
+# Schemas of functions, as OpenAI writes them.
+Tools = Sequence[Mapping[str, Any]]
 
 # Put into what looks like a marker in a message's text, so that it is none in the rendered text. A
 # code point that Unicode keeps for a program's own use inside; doubled, it stands for itself.
@@ -29,6 +34,11 @@ _UNSHIELDED = re.compile(f"{_SHIELD}({_SHIELD}?)")
 _THOUGHTS = ("reasoning", "reasoning_content", "thinking")
 # Whose text is the model's own or its developer's, who may write what is no control token.
 _TRUSTED_ROLES = ("system", "assistant")
+# In Mistral's templates, which take ids of calls of nine letters and digits only.
+_SHORT_IDS = "[TOOL_CALLS]"
+# Templates about which something is remembered. A model has one or two; trusted clients may send
+# their own.
+_MAX_TEMPLATES = 16
 
 
 def read_template(path: Path) -> str:
@@ -86,8 +96,22 @@ def turn_of(message: Mapping[str, Any]) -> Turn:
         raise ValueError(f"the content of a message is {content!r:.50}, expected text")
     turn["content"] = content
     if "tool_calls" in turn:
-        turn["tool_calls"] = [_with_arguments(call, _object_or_text) for call in turn["tool_calls"]]
+        calls = map(_in_order, turn["tool_calls"])
+        turn["tool_calls"] = [_with_arguments(call, _object_or_text) for call in calls]
     return turn
+
+
+def _in_order(of_function: Mapping[str, Any]) -> dict[str, Any]:
+    """A call or a tool with its fields in OpenAI's order, in which templates write them, and
+    without those that say nothing: files of conversations have them in any order."""
+
+    def ordered(value: Mapping[str, Any], *first: str) -> dict[str, Any]:
+        return {name: value[name] for name in (*first, *value) if value.get(name) is not None}
+
+    found = ordered(of_function, "id", "type", "function")
+    if isinstance(function := found.get("function"), Mapping):
+        found["function"] = ordered(function, "name", "description", "parameters")
+    return found
 
 
 def _text_of(part: object) -> str:
@@ -103,7 +127,7 @@ def in_other_forms(turns: Sequence[Turn]) -> list[list[Turn]]:
     return [*whole, with_text_calls(turns)] if has_calls(turns) else []
 
 
-def with_tools(turns: Sequence[Turn], tools: Sequence[Mapping[str, Any]]) -> list[Turn]:
+def with_tools(turns: Sequence[Turn], tools: Tools) -> list[Turn]:
     """``turns`` with the functions of ``tools`` in the system's message, as Phi-4-mini reads
     them."""
     functions = json.dumps([tool.get("function", tool) for tool in tools], ensure_ascii=False)
@@ -175,9 +199,24 @@ def in_parts(turns: Sequence[Turn]) -> list[Turn]:
     return [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in turns]
 
 
-# A conversation whose text is in no template: whether it is shown tells the form a template takes,
-# where a short text of a user's may be in the prompt by chance.
-PROBE: Sequence[Turn] = ({"role": "user", "content": "Vexing quartz 7094 jumbo fjord"},)
+# A conversation whose text is in no template, and a function: whether they are shown tells the form
+# that a template takes, where a short text of a user's may be in the prompt by chance.
+_PROBE_TEXT, _PROBE_NAME = "Vexing quartz 7094 jumbo fjord", "vexing_quartz_7094"
+_PROBE: Sequence[Turn] = ({"role": "user", "content": _PROBE_TEXT},)
+_PROBE_TOOLS: Tools = (
+    {
+        "type": "function",
+        "function": {
+            "name": _PROBE_NAME,
+            "description": "Jumbo fjord",
+            "parameters": {
+                "type": "object",
+                "properties": {"depth": {"type": "string", "description": "in fathoms"}},
+                "required": ["depth"],
+            },
+        },
+    },
+)
 
 
 def left_out(turns: Sequence[Turn], text: str) -> int | None:
@@ -209,55 +248,73 @@ def left_out(turns: Sequence[Turn], text: str) -> int | None:
     return None
 
 
-# Makes text of turns by a chat template. Raises TemplateRefusedError if the template refuses them.
-Render = Callable[[Sequence[Turn]], str]
+class Render(Protocol):
+    """Makes text of turns and tools by a chat template. Raises TemplateRefusedError."""
+
+    def __call__(
+        self, template: str, turns: Sequence[Turn], tools: Tools | None, variables: dict[str, Any]
+    ) -> Awaitable[str]: ...
 
 
-def takes_parts(render: Render) -> bool:
-    """Whether a template reads content as a list of parts and shows nothing of a text."""
+@dataclass(frozen=True)
+class _Form:
+    """The form in which a chat template takes a conversation.
 
-    def shows(probe: Sequence[Turn]) -> bool:
-        try:
-            return left_out(PROBE, render(probe)) is None
-        except TemplateRefusedError:
-            return False
-
-    return not shows(PROBE) and shows(in_parts(PROBE))
-
-
-def rendered(turns: Sequence[Turn], render: Render, *, parts: bool) -> str:
-    """``turns`` as text, in the form in which the template takes their content.
-
-    parts: what :func:`takes_parts` says of the template. The other form is tried too: a template
-    may take a user's text in one form and a tool's in the other.
-
-    Raises TemplateRefusedError if the template refuses the turns or leaves out the text of one.
+    parts: whether it reads content as a list of parts, and shows nothing of a text.
+    tools_in_system: whether it reads tools from the system's message, and shows no others.
     """
-    refusal: TemplateRefusedError | None = None
-    for in_this_form in (parts, not parts):
-        shown = in_parts(turns) if in_this_form else turns
-        text = None
-        for form in (shown, *in_other_forms(shown)):
+
+    parts: bool
+    tools_in_system: bool
+
+    @classmethod
+    async def of(
+        cls, render: Callable[[Sequence[Turn], Tools | None], Awaitable[str]], *, tools: bool
+    ) -> _Form:
+        """Of the template that ``render`` renders. tools: whether there are any to be shown."""
+
+        async def shows(wanted: str, turns: Sequence[Turn], tools: Tools | None) -> bool:
             try:
-                text = render(form)
-                break
-            except TemplateRefusedError as error:
-                refusal = refusal or error
-        if text is None:
-            continue
-        missing = left_out(turns, text)
-        if missing is None:
-            return text
-        refusal = refusal or TemplateRefusedError(
-            f"the text of message {missing} (of role {turns[missing]['role']}) is not in the "
-            "prompt it makes"
+                return wanted in await render(turns, tools)
+            except TemplateRefusedError:
+                return False
+
+        parts = not await shows(_PROBE_TEXT, _PROBE, None) and (
+            await shows(_PROBE_TEXT, in_parts(_PROBE), None)
         )
-    assert refusal is not None
-    raise refusal
+        if not tools or await shows(_PROBE_NAME, _content(_PROBE, parts=parts), _PROBE_TOOLS):
+            return cls(parts, tools_in_system=False)
+        probe = _content(with_tools(_PROBE, _PROBE_TOOLS), parts=parts)
+        return cls(parts, tools_in_system=await shows(_PROBE_NAME, probe, _PROBE_TOOLS))
+
+    def all(self, turns: Sequence[Turn]) -> Iterator[Sequence[Turn]]:
+        """``turns`` as the template takes them, and then in other forms: one may take a user's
+        content as text and a tool's as parts."""
+        for parts in (self.parts, not self.parts):
+            shown = _content(turns, parts=parts)
+            yield from (shown, *in_other_forms(shown))
+
+
+def _content(turns: Sequence[Turn], *, parts: bool) -> Sequence[Turn]:
+    return in_parts(turns) if parts else turns
+
+
+async def _here(length: int, function: Callable[[], T]) -> T:
+    return function()
+
+
+def at_once(work: Coroutine[Any, Any, T]) -> T:
+    """The result of a coroutine that waits for nothing."""
+    try:
+        work.send(None)
+    except StopIteration as done:
+        found: T = done.value
+        return found
+    raise RuntimeError("it waits for something")
 
 
 class ChatEncoder:
-    """Text that a template made of turns, as token ids.
+    """Conversations and other texts as token ids, in between as the text that a template makes.
 
     A marker is a token of its own that structures conversations: a special one, as ``<|im_end|>``,
     or one the template writes, as ``<tool_call>``. One that a user or a tool has written is text
@@ -272,6 +329,65 @@ class ChatEncoder:
         self._special = {token.content for token in self._added.values() if token.special}
         self._plain: _PlainTokenizer | None = None
         self._patterns: dict[frozenset[str], re.Pattern[str]] = {}
+        self._forms: dict[tuple[str, bool], _Form] = {}  # of templates, without tools and with
+
+    def with_tokenizer(self, tokenizer: TextTokenizer) -> ChatEncoder:
+        """The same for an adapter with tokens of its own."""
+        other = ChatEncoder(tokenizer)
+        other._forms = self._forms
+        return other
+
+    async def rendered(
+        self,
+        template: str,
+        turns: Sequence[Turn],
+        tools: Tools | None,
+        variables: Mapping[str, Any],
+        render: Render,
+        *,
+        shielded: bool = True,
+        aside: Callable[[int, Callable[[], int | None]], Awaitable[int | None]] = _here,
+    ) -> str:
+        """The text that a template makes of turns and tools, in the form in which it takes them.
+
+        variables: those of the template beside messages, tools and special tokens.
+        shielded: whether what looks like a marker in a turn is text (see :meth:`encode`).
+        aside: computes what takes long for a text of some length.
+
+        Raises TemplateRefusedError if the template refuses the turns or leaves out the text of one.
+        """
+        special = dict(self._tokenizer.special_tokens_map)
+        form = self._forms.get((template, bool(tools)))
+        if form is None:
+            form = await _Form.of(
+                lambda probe, shown: render(template, probe, shown, special), tools=bool(tools)
+            )
+            if len(self._forms) >= _MAX_TEMPLATES:
+                self._forms.clear()
+            self._forms[template, bool(tools)] = form
+        if _SHORT_IDS in template:
+            turns = with_short_ids(turns)
+        tools = tools and list(map(_in_order, tools))
+        if tools and form.tools_in_system:
+            turns = with_tools(turns, tools)
+        if shielded:
+            turns = self.shielded(turns, template)
+        refusal: TemplateRefusedError | None = None
+        for shown in form.all(turns):
+            try:
+                text = await render(template, shown, tools, {**special, **variables})
+            except TemplateRefusedError as error:
+                refusal = refusal or error
+                continue
+            missing = await aside(len(text), partial(left_out, turns, text))
+            if missing is None:
+                return text
+            refusal = refusal or TemplateRefusedError(
+                f"the text of message {missing} (of role {turns[missing]['role']}) is not in the "
+                "prompt it makes"
+            )
+        assert refusal is not None
+        raise refusal
 
     def shielded(self, turns: Sequence[Turn], template: str) -> list[Turn]:
         """``turns`` so that a text made of them shows what in it the template has written."""
@@ -299,6 +415,29 @@ class ChatEncoder:
     def encode_plain(self, text: str) -> list[int]:
         """Token ids of ``text`` in which nothing is a marker."""
         return self._without_markers().encode_plain(text)
+
+    def encode_inputs(self, texts: Sequence[str]) -> list[tuple[int, ...]]:
+        """Token ids of texts as inputs of the model, with the special tokens :attr:`around` them.
+
+        A text that begins with BOS gets no second one.
+        """
+        encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=True)
+        ids = [tuple(encoding.ids) for encoding in encodings]
+        return list(map(self._with_one_bos, texts, ids))
+
+    @cached_property
+    def around(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The special tokens with which the model's inputs begin and end."""
+        bare, (whole,) = tuple(_encode(self._backend, "a")), self.encode_inputs(["a"])
+        at = next(at for at in range(len(whole)) if whole[at : at + len(bare)] == bare)
+        return whole[:at], whole[at + len(bare) :]
+
+    def _with_one_bos(self, text: str, ids: tuple[int, ...]) -> tuple[int, ...]:
+        bos, spelled = self._tokenizer.bos_token_id, self._tokenizer.bos_token
+        if spelled and text.startswith(spelled) and ids[:2] == (bos, bos):
+            # If the tokenizer adds no BOS, both are the text's own and stay.
+            return ids[1:] if ids[0] in self.around[0] else ids
+        return ids
 
     def _markers(self, template: str) -> set[str]:
         return self._special | {

@@ -8,20 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jinja2 import TemplateError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from nybble.engine.conversation import (
-    PROBE,
     ChatEncoder,
+    Tools,
     Turn,
-    in_parts,
+    at_once,
     left_out,
     template_of,
     turn_of,
 )
 from nybble.finetune.rows import DataError, is_learned, read_rows, row_kind
+from nybble.loaders.templates import TemplateRefusedError
 
 _NEUTRAL = ("\n", "\x00", "a", "0", ")")
 
@@ -73,7 +73,10 @@ def read_examples(
     for number, row in read_rows(path):
         try:
             read = reader.examples(row)
-        except (ValueError, TypeError, KeyError, TemplateError) as error:
+        except TemplateRefusedError as error:
+            reason = f"the chat template refuses these messages: {error}"
+            raise DataError(path, number, reason) from error
+        except (ValueError, TypeError, KeyError) as error:
             raise DataError(path, number, str(error)) from error
         cut = [Example(each.ids[:max_length], each.labels[:max_length]) for each in read]
         learned = [each for each in cut if any(label != IGNORED for label in each.labels[1:])]
@@ -93,19 +96,20 @@ class _Reader:
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
         self._encoder = ChatEncoder(tokenizer)
-        # What the server puts before a prompt; a chat template has its own.
-        self._beginning: list[int] = list(tokenizer("")["input_ids"])
         self._end = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
 
     def examples(self, row: dict[str, Any]) -> list[Example]:
         kind = row_kind(row)
         if kind == "messages":
             return self._of_chat(row["messages"], row.get("tools") or None)
-        prompt, answer = ("", row["text"]) if kind == "text" else (row["prompt"], row["completion"])
-        bos = self._tokenizer.bos_token
-        before = [] if bos and (prompt or answer).startswith(bos) else self._beginning
-        ids = [*before, *self._encode(prompt, shielded=False)]
-        continuation = self._continuation(prompt, prompt + answer, shielded=False)
+        if kind == "text":
+            (whole,) = self._encoder.encode_inputs([row["text"]])
+            before, after = map(len, self._encoder.around)
+            ids, continuation = list(whole[:before]), list(whole[before : len(whole) - after])
+        else:
+            prompt = row["prompt"]
+            ids = list(self._encoder.encode_inputs([prompt])[0])
+            continuation = self._continuation(prompt, prompt + row["completion"], shielded=False)
         learned = [*continuation, *self._end]
         return [Example(ids + learned, [IGNORED] * len(ids) + learned)]
 
@@ -117,21 +121,20 @@ class _Reader:
             turn_of({name: value for name, value in message.items() if name != "weight"})
             for message in messages
         ]
-        turns = self._encoder.shielded(turns, template)
-        shown = self._shown(turns, tools, template)
         examples: list[Example] = []
         for index, message in enumerate(messages):
             if not is_learned(message):
                 continue
             # The prompt as the model will see it when it has to answer, then the answer.
-            before = self._render(shown[:index], tools, template, prompt=True)
-            after = self._render(shown[: index + 1], tools, template, prompt=False)
+            before = self._rendered(template, turns[:index], tools, prompt=True)
+            after = self._rendered(template, turns[: index + 1], tools, prompt=False)
             if not after.startswith(before):
                 raise ValueError(
                     f"the chat template changes the text before message {index} once it is "
                     "answered; use 'prompt' and 'completion'"
                 )
-            if left_out([turns[index]], after[len(before) :]) is not None:
+            shielded = self._encoder.shielded([turns[index]], template)
+            if left_out(shielded, after[len(before) :]) is not None:
                 raise ValueError(f"the chat template leaves out the text of message {index}")
             prompt, answer = self._encode(before), self._continuation(before, after)
             done = len(examples[-1].ids) if examples else 0
@@ -142,32 +145,25 @@ class _Reader:
             examples.append(Example(prompt + answer, labels + answer))
         return examples
 
-    def _shown(self, turns: list[Turn], tools: list[Any] | None, template: str) -> list[Turn]:
-        """``turns`` in the form the template takes their content in."""
-
-        def shows(probe: Sequence[Turn]) -> bool:
-            try:
-                text = self._render(list(probe), None, template, prompt=False)
-            except TemplateError:
-                return False
-            return left_out(PROBE, text) is None
-
-        shown = in_parts(turns) if not shows(PROBE) and shows(in_parts(PROBE)) else turns
-        missing = left_out(turns, self._render(shown, tools, template, prompt=False))
-        if missing is not None:
-            raise ValueError(f"the chat template leaves out the text of message {missing}")
-        return shown
-
-    def _render(
-        self, turns: list[Turn], tools: list[Any] | None, template: str, *, prompt: bool
+    def _rendered(
+        self, template: str, turns: Sequence[Turn], tools: Tools | None, *, prompt: bool
     ) -> str:
-        text = self._tokenizer.apply_chat_template(
-            turns,
-            tools=tools,
-            chat_template=template,
-            tokenize=False,
-            add_generation_prompt=prompt,
-        )
+        variables = {"add_generation_prompt": prompt}
+        return at_once(self._encoder.rendered(template, turns, tools, variables, self._render))
+
+    async def _render(
+        self, template: str, turns: Sequence[Turn], tools: Tools | None, variables: dict[str, Any]
+    ) -> str:
+        try:
+            text = self._tokenizer.apply_chat_template(
+                list(turns),
+                tools=None if tools is None else [dict(tool) for tool in tools],
+                chat_template=template,
+                tokenize=False,
+                **variables,
+            )
+        except Exception as error:  # whatever a template does to what it is given
+            raise TemplateRefusedError(str(error) or type(error).__name__) from error
         assert isinstance(text, str)
         return text
 

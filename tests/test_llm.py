@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 
 import nybble
 from nybble import LLM, Completion, SamplingParams
@@ -265,6 +266,38 @@ def test_a_template_that_reads_parts_gets_parts_and_one_that_drops_a_text_is_ref
             llm.chat(message, GREEDY)
     finally:
         llm.tokenizer.chat_template = before
+
+
+def test_tools_and_calls_are_in_the_form_that_the_template_takes(llm: LLM) -> None:
+    """In the system's message, and with short ids, as behind the server."""
+    before = llm.tokenizer.chat_template
+    function = {"name": "look", "arguments": "{}"}
+    call = {"id": "call_0123456789", "type": "function", "function": function}
+    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "tool_calls": [call]}]
+    tools = [{"type": "function", "function": {"name": "look"}}]
+    try:
+        llm.tokenizer.chat_template = (
+            "{% for m in messages %}{{ m.role }}:{{ m.content }}{{ m.tools }}"
+            "{% for c in m.tool_calls or [] %}[TOOL_CALLS]{{ c.id }}{% endfor %};{% endfor %}"
+        )
+        (found,) = llm.chat(messages, GREEDY, tools=tools)
+        assert llm.tokenizer.decode(found.prompt_token_ids) == (
+            'system:[{"name": "look"}];user:hi;assistant:[TOOL_CALLS]123456789;'
+        )
+    finally:
+        llm.tokenizer.chat_template = before
+
+
+def test_a_text_that_begins_with_bos_gets_no_second(tiny_model: Callable[..., Path]) -> None:
+    with LLM(tiny_model(), **SMALL) as llm:
+        bos = llm.tokenizer.convert_tokens_to_ids("<|endoftext|>")
+        llm.tokenizer.bos_token = "<|endoftext|>"
+        llm.tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+            single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", bos)]
+        )
+        once, added = llm.generate(["<|endoftext|>the dog", "the dog"], GREEDY)
+        assert once.prompt_token_ids == added.prompt_token_ids
+        assert once.prompt_token_ids.count(bos) == 1
 
 
 def test_the_models_recommendation_is_the_default(

@@ -7,7 +7,7 @@ import logging
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -52,7 +52,7 @@ class TemplateRenderer:
         self,
         template: str,
         messages: Sequence[dict[str, Any]],
-        tools: Sequence[dict[str, Any]] | None,
+        tools: Sequence[Mapping[str, Any]] | None,
         variables: dict[str, Any],
     ) -> str:
         """The conversation as text, up to the assistant's turn; waits for :meth:`submit`."""
@@ -62,7 +62,7 @@ class TemplateRenderer:
         self,
         template: str,
         messages: Sequence[dict[str, Any]],
-        tools: Sequence[dict[str, Any]] | None,
+        tools: Sequence[Mapping[str, Any]] | None,
         variables: dict[str, Any],
     ) -> Future[str]:
         """The conversation as text, up to the assistant's turn.

@@ -107,8 +107,6 @@ class ChatGroups:
             tools=None if tools is None else tools.shown(),
             any_length=body.truncate_prompt_tokens is not None,
             parse_special=bool(body.parse_special),
-            tools_in_system=dialect.tools is not None and dialect.tools.in_system,
-            short_ids=dialect.tools is not None and dialect.tools.short_ids,
         )
         form = AnswerForm(
             dialect,

@@ -8,22 +8,11 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from copy import copy
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from typing import Any, TypeVar
 
 from nybble.engine import Engine
-from nybble.engine.conversation import (
-    PROBE,
-    ChatEncoder,
-    Turn,
-    chosen_template,
-    in_other_forms,
-    in_parts,
-    left_out,
-    turn_of,
-    with_short_ids,
-    with_tools,
-)
+from nybble.engine.conversation import ChatEncoder, Tools, Turn, chosen_template, turn_of
 from nybble.loaders.adapter_tokens import TextTokenizer
 from nybble.loaders.templates import (
     TemplateFailedError,
@@ -47,9 +36,6 @@ _AT_A_TIME = 1 << 16
 MAX_TEXT_BYTES, MAX_TOKENS = 1 << 20, 1 << 20
 # Tokens of all inputs of one request together: OpenAI's limit for embeddings.
 _MAX_TOGETHER = 300_000
-# Templates about which something is remembered. A model has one or two; trusted clients may send
-# their own.
-_MAX_TEMPLATES = 16
 
 
 @dataclass(frozen=True)
@@ -100,8 +86,6 @@ class Prompts:
         self._templates = templates
         self._trust_chat_templates = trust_chat_templates
         self._chat_encoder = ChatEncoder(tokenizer)
-        # By template: whether it reads content as a list of parts.
-        self._parts: dict[str, bool] = {}
         # One thread, however many requests there are: encoding takes much memory, and each thread's
         # allocator keeps it for later. The encoder has threads of its own.
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="nybble-tokenize")
@@ -114,8 +98,7 @@ class Prompts:
         added = other._backend.get_added_tokens_decoder().values()
         other._longest = max(self._longest, *(len(token.content) for token in added))
         other._max_characters = self._max_model_len * other._longest
-        other._chat_encoder = ChatEncoder(tokenizer)
-        other.__dict__.pop("_around", None)  # what the model's own tokenizer adds
+        other._chat_encoder = self._chat_encoder.with_tokenizer(tokenizer)
         return other
 
     async def encode(
@@ -236,17 +219,13 @@ class Prompts:
         options: TemplateOptions,
         own: OwnTemplates | None = None,
         *,
-        tools: Sequence[dict[str, Any]] | None = None,
+        tools: Tools | None = None,
         any_length: bool = False,
         parse_special: bool = False,
-        tools_in_system: bool = False,
-        short_ids: bool = False,
     ) -> ChatPrompt:
         """A conversation in the model's chat template, up to the assistant's turn.
 
         own: those of the request's adapter, instead of the model's.
-        tools_in_system: whether the template reads the tools from the system's message.
-        short_ids: whether the template takes only short ids of calls.
         parse_special: whether the text of a special token in a message becomes that token (see
             :class:`nybble.engine.conversation.ChatEncoder`).
 
@@ -264,15 +243,30 @@ class Prompts:
         if len(messages) > self._max_model_len:  # a message has at least one token
             raise self._too_long(f"{len(messages)} messages")
         turns = [turn_of(message.model_dump(exclude_none=True)) for message in messages]
-        if short_ids:
-            turns = with_short_ids(turns)
-        if tools and tools_in_system:
-            turns = with_tools(turns, tools)
-        if not parse_special:
-            turns = self._chat_encoder.shielded(turns, template)
-        variables = {**self._tokenizer.special_tokens_map, **_variables(options, template)}
         try:
-            text = await self._rendered(template, turns, tools, variables, whose)
+            text = await self._chat_encoder.rendered(
+                template,
+                turns,
+                tools,
+                _variables(options, template),
+                self._render,
+                shielded=not parse_special,
+                aside=self._off_loop,
+            )
+        except TemplateInvalidError as error:
+            raise ApiError(
+                400,
+                f"the chat template of {whose} is not valid: {error}",
+                param="messages",
+                code="no_chat_template",
+            ) from None
+        except TemplateRefusedError as error:
+            raise ApiError(
+                400,
+                f"the chat template of {whose} refuses these messages: {error}",
+                param="messages",
+                code="invalid_value",
+            ) from None
         except TemplateFailedError as error:
             # A template which the request brought is the client's fault.
             brought = options.chat_template is not None
@@ -286,7 +280,7 @@ class Prompts:
             _require_size("messages", len(text.encode()), MAX_TEXT_BYTES, "bytes")
         else:
             self._require_room(text)
-        before, after = self._around if options.add_special_tokens else ((), ())
+        before, after = self._chat_encoder.around if options.add_special_tokens else ((), ())
 
         def work() -> tuple[int, ...]:
             if not any_length:
@@ -337,78 +331,14 @@ class Prompts:
             )
         return template
 
-    async def _rendered(
-        self,
-        template: str,
-        turns: Sequence[Turn],
-        tools: Sequence[dict[str, Any]] | None,
-        variables: dict[str, Any],
-        whose: str,
-    ) -> str:
-        """The turns as text, with their content in the form which the template reads."""
-        refusal: ApiError | None = None
-        takes_parts = await self._takes_parts(template)
-        # Try both forms: a template may read a user's content as text and a tool's as parts.
-        for parts in (takes_parts, not takes_parts):
-            shown = in_parts(turns) if parts else turns
-            try:
-                text = await self._render(template, shown, tools, variables)
-            except TemplateInvalidError as error:
-                raise ApiError(
-                    400,
-                    f"the chat template of {whose} is not valid: {error}",
-                    param="messages",
-                    code="no_chat_template",
-                ) from None
-            except TemplateRefusedError as error:
-                refusal = refusal or _refused(whose, str(error))
-                continue
-            missing = await self._off_loop(len(text), partial(left_out, turns, text))
-            if missing is None:
-                return text
-            role = turns[missing]["role"]
-            refusal = refusal or _refused(
-                whose,
-                f"the text of message {missing} (of role {role}) is not in the prompt it makes",
-            )
-        assert refusal is not None
-        raise refusal
-
-    async def _takes_parts(self, template: str) -> bool:
-        """Whether the template reads content as a list of parts, and leaves out content as text."""
-        if template not in self._parts:
-            if len(self._parts) >= _MAX_TEMPLATES:
-                self._parts.clear()
-            self._parts[template] = not await self._shows(template, PROBE) and (
-                await self._shows(template, in_parts(PROBE))
-            )
-        return self._parts[template]
-
-    async def _shows(self, template: str, turns: Sequence[Turn]) -> bool:
-        try:
-            text = await self._render(
-                template, turns, None, dict(self._tokenizer.special_tokens_map)
-            )
-        except TemplateRefusedError:
-            return False
-        return left_out(PROBE, text) is None
-
     async def _render(
         self,
         template: str,
         turns: Sequence[Turn],
-        tools: Sequence[dict[str, Any]] | None,
+        tools: Tools | None,
         variables: dict[str, Any],
     ) -> str:
-        refusal: TemplateRefusedError | None = None
-        for form in (turns, *in_other_forms(turns)):
-            try:
-                future = self._templates.submit(template, form, tools, variables)
-                return await asyncio.wrap_future(future)
-            except TemplateRefusedError as error:
-                refusal = refusal or error
-        assert refusal is not None
-        raise refusal
+        return await asyncio.wrap_future(self._templates.submit(template, turns, tools, variables))
 
     def _require_room(self, text: str) -> None:
         if len(text) > self._max_characters:
@@ -451,55 +381,28 @@ class Prompts:
     def _encode_batch(
         self, texts: list[str], *, special_tokens: bool, parse_special: bool
     ) -> list[tuple[int, ...]]:
+        if parse_special and special_tokens:
+            return self._chat_encoder.encode_inputs(texts)
         if parse_special:
-            encodings = self._backend.encode_batch_fast(texts, add_special_tokens=special_tokens)
-            ids = [tuple(encoding.ids) for encoding in encodings]
-            return list(map(self._with_one_bos, texts, ids)) if special_tokens else ids
-        before, after = self._around if special_tokens else ((), ())
+            encodings = self._backend.encode_batch_fast(texts, add_special_tokens=False)
+            return [tuple(encoding.ids) for encoding in encodings]
+        before, after = self._chat_encoder.around if special_tokens else ((), ())
         return [(*before, *self._chat_encoder.encode_plain(text), *after) for text in texts]
 
     @property
     def around(self) -> tuple[int, int]:
         """How many special tokens are added before and after a text."""
-        before, after = self._around
+        before, after = self._chat_encoder.around
         return len(before), len(after)
 
-    @cached_property
-    def _around(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """The special tokens with which the model's inputs begin and end."""
-        bare = self._encode("a", special_tokens=False)
-        whole = self._encode("a", special_tokens=True)
-        at = next(at for at in range(len(whole)) if whole[at : at + len(bare)] == bare)
-        return whole[:at], whole[at + len(bare) :]
-
     def _encode(self, text: str, special_tokens: bool) -> tuple[int, ...]:
-        # Encoding a batch releases the GIL, and encoding a single text does not. The fast form does
-        # not compute each token's position in the text.
-        (encoding,) = self._backend.encode_batch_fast([text], add_special_tokens=special_tokens)
-        ids = tuple(encoding.ids)
-        return self._with_one_bos(text, ids) if special_tokens else ids
-
-    def _with_one_bos(self, text: str, ids: tuple[int, ...]) -> tuple[int, ...]:
-        """``ids`` of ``text``, without the added BOS if the text begins with one itself."""
-        bos, spelled = self._tokenizer.bos_token_id, self._tokenizer.bos_token
-        if spelled and text.startswith(spelled) and ids[:2] == (bos, bos):
-            # If the tokenizer adds no BOS, both are the text's own and stay.
-            return ids[1:] if ids[0] in self._around[0] else ids
+        (ids,) = self._encode_batch([text], special_tokens=special_tokens, parse_special=True)
         return ids
 
     async def _off_loop(self, length: int, function: Callable[[], T]) -> T:
         if length <= _LONG_TEXT:
             return function()
         return await asyncio.get_running_loop().run_in_executor(self._pool, function)
-
-
-def _refused(whose: str, reason: str) -> ApiError:
-    return ApiError(
-        400,
-        f"the chat template of {whose} refuses these messages: {reason}",
-        param="messages",
-        code="invalid_value",
-    )
 
 
 def _require_size(param: str, found: int, most: int, unit: str) -> None:

@@ -43,11 +43,11 @@ from nybble.engine import (
 from nybble.engine.config import require_whole
 from nybble.engine.conversation import (
     ChatEncoder,
+    Tools,
     Turn,
+    at_once,
     chosen_template,
     read_template,
-    rendered,
-    takes_parts,
     turn_of,
 )
 from nybble.engine.memory import check_memory, memory_explained
@@ -337,7 +337,6 @@ class LLM:
         self._stamps: dict[str, tuple[tuple[int, int] | None, ...]] = {}
         self._templates = TemplateRenderer()
         self._chat_encoder = ChatEncoder(engine.tokenizer)
-        self._parts: dict[str, bool] = {}  # by template: whether it reads content as parts
         self._numbers = itertools.count()
         self._places = asyncio.Semaphore(config.max_num_seqs + config.max_waiting)
         # A loop of its own, so that a program with a running loop (a notebook) can call it too.
@@ -457,20 +456,10 @@ class LLM:
     ) -> tuple[int, ...]:
         """The token ids that the server makes of a conversation, up to the assistant's turn."""
         template = self._template(adapter, tools=bool(tools))
-        tokenizer = self._engine.tokens_of(adapter).tokenizer
-        variables = {**tokenizer.special_tokens_map, **own_variables}
-        encoder = self._chat_encoder
-        if tokenizer is not self.tokenizer:
-            encoder = ChatEncoder(tokenizer)
-
-        def render(turns: Sequence[Turn]) -> str:
-            return self._templates.render(template, turns, tools, variables)
-
+        encoder = self._encoder_of(self._engine.tokens_of(adapter).tokenizer)
         try:
-            turns = encoder.shielded([turn_of(each) for each in messages], template)
-            if template not in self._parts:
-                self._parts[template] = takes_parts(render)
-            text = rendered(turns, render, parts=self._parts[template])
+            turns = [turn_of(each) for each in messages]
+            text = at_once(encoder.rendered(template, turns, tools, own_variables, self._render))
             return tuple(encoder.encode(text))
         except (TemplateRefusedError, TemplateFailedError) as error:
             raise ParameterError(
@@ -478,6 +467,19 @@ class LLM:
             ) from None
         except ValueError as error:
             raise ParameterError("messages", str(error)) from None
+
+    async def _render(
+        self,
+        template: str,
+        turns: Sequence[Turn],
+        tools: Tools | None,
+        variables: dict[str, Any],
+    ) -> str:
+        return self._templates.render(template, turns, tools, variables)
+
+    def _encoder_of(self, tokenizer: TextTokenizer) -> ChatEncoder:
+        own = tokenizer is self.tokenizer
+        return self._chat_encoder if own else self._chat_encoder.with_tokenizer(tokenizer)
 
     def _encode(
         self, prompts: Sequence[Prompt], adapters: Sequence[str | None]
@@ -491,9 +493,8 @@ class LLM:
             else:
                 found[index] = _token_ids(index, prompt)
         for tokenizer, texts in by_tokenizer.items():
-            encodings = tokenizer.backend_tokenizer.encode_batch_fast(list(texts.values()))
-            for index, encoding in zip(texts, encodings, strict=True):
-                found[index] = tuple(encoding.ids)
+            encoded = self._encoder_of(tokenizer).encode_inputs(list(texts.values()))
+            found.update(zip(texts, encoded, strict=True))
         return [found[index] for index in range(len(prompts))]
 
     def _run(

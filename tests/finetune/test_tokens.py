@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+from collections.abc import Callable, Iterator
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerBase
 
 from nybble.engine.conversation import ChatEncoder, in_parts, turn_of
 from nybble.finetune.data import IGNORED, DataError, Example, read_examples
+from nybble.loaders.templates import TemplateRenderer
+from nybble.server.api.chat_schema import ChatRequest
+from nybble.server.api.prompts import Prompts
 
 from ..tokenizer_kinds import TOKENIZERS
 
@@ -55,10 +62,10 @@ WORDS = TEXT.filter(str.strip)
 
 
 def read(
-    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, template: str, messages: Any
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, template: str, messages: Any, **more: Any
 ) -> list[Example]:
     path = tmp_path / "data.jsonl"
-    path.write_text(json.dumps({"messages": messages}))
+    path.write_text(json.dumps({"messages": messages, **more}))
     tokenizer.chat_template = template
     return read_examples(path, tokenizer, max_length=10**6)
 
@@ -170,7 +177,9 @@ def test_a_template_that_shows_no_text_is_refused(tmp_path: Path) -> None:
     tokenizer = TOKENIZERS["byte-level"]
     messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
     silent = CHATML.replace("{{ m.content }}", "")
-    with pytest.raises(DataError, match="the chat template leaves out the text of message 0"):
+    with pytest.raises(
+        DataError, match=r"the text of message 0 \(of role user\) is not in the prom"
+    ):
         read(tmp_path, tokenizer, silent, messages)
     only_users = CHATML.replace("{{ m.content }}", "{% if m.role == 'user' %}ho hi{% endif %}")
     with pytest.raises(DataError, match="the chat template leaves out the text of message 1"):
@@ -186,3 +195,108 @@ def test_a_prompt_that_begins_with_bos_gets_no_second(tmp_path: Path) -> None:
     assert example.ids == tokenizer.encode(
         "<|im_start|>the fox<|im_end|>", add_special_tokens=False
     )
+
+
+@pytest.fixture(scope="module")
+def served() -> Iterator[Callable[[PreTrainedTokenizerBase], Prompts]]:
+    """What makes a server's prompts by some tokenizer."""
+    renderer = TemplateRenderer()
+    yield lambda tokenizer: Prompts(tokenizer, "tiny", 10**4, renderer)
+    renderer.close()
+
+
+TOOLS = [
+    {
+        "type": "function",
+        "function": {"name": "look", "parameters": {"properties": {}, "type": "object"}},
+    }
+]
+LOOK = {
+    "id": "call_abc123xyz",
+    "type": "function",
+    "function": {"name": "look", "arguments": '{"item": "fox"}'},
+}
+WITH_CALLS = [
+    {"role": "user", "content": "where is the fox"},
+    {"role": "assistant", "content": None, "tool_calls": [LOOK]},
+    {"role": "tool", "tool_call_id": "call_abc123xyz", "content": "over the dog"},
+    {"role": "assistant", "content": "the fox is over the dog"},
+]
+CALLS = CHATML.replace(
+    "{{ m.content }}", "{{ m.content }}{% for c in m.tool_calls or [] %}CALL{% endfor %}"
+)
+# Each with what of the tools and calls its prompts have.
+CALLING = {
+    "phi 4 mini": (
+        CHATML.replace(
+            "{{ m.content }}",
+            "{{ m.content }}{% if m.role == 'system' and 'tools' in m %}"
+            "{{ '<|tool|>' + m.tools + '<|/tool|>' }}{% endif %}"
+            "{% for c in m.tool_calls or [] %}{{ c.function.name }}{% endfor %}",
+        ),
+        '<|im_start|>system\n<|tool|>[{"name": "look", "parameters": {"properties"',
+    ),
+    "deepseek": (
+        CALLS.replace("CALL", "{{ c.function.name + '\n' + c.function.arguments }}"),
+        'look\n{"item": "fox"}<|im_end|>',
+    ),
+    "mistral": (
+        CALLS.replace(
+            "CALL",
+            "{% if c.id | length != 9 %}{{ raise_exception('nine!') }}{% endif %}"
+            "[TOOL_CALLS]{{ c.function.name }}{{ c.id }}",
+        ),
+        "[TOOL_CALLS]lookabc123xyz<|im_end|>",
+    ),
+    # Reads tools as most do, and has a word of Phi's.
+    "of its own": (
+        "{% if tools %}<|tool|>{{ tools | tojson }}{% endif %}"
+        + CALLS.replace("CALL", "{{ c | tojson }}"),
+        '<|tool|>[{"type": "function", "function": {"name": "look", ',
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CALLING)
+def test_tools_and_calls_are_read_as_the_server_reads_them(
+    tmp_path: Path, name: str, served: Callable[[PreTrainedTokenizerBase], Prompts]
+) -> None:
+    tokenizer, (template, shown) = TOKENIZERS["byte-level"], CALLING[name]
+    # Files have fields in any order, which some templates write.
+    messages, tools = json.loads(json.dumps([WITH_CALLS, TOOLS], sort_keys=True))
+    (example,) = read(tmp_path, tokenizer, template, messages, tools=tools)
+    assert shown in str(tokenizer.decode(example.ids))
+
+    learned, prompts = turns_learned(example), served(tokenizer)
+    assert len(learned) == 2
+    for index, (prompt, _) in zip((1, 3), learned, strict=True):
+        body = ChatRequest.model_validate(
+            {"model": "tiny", "messages": WITH_CALLS[:index], "tools": TOOLS}
+        )
+        found = asyncio.run(prompts.chat(body.messages, body, tools=TOOLS))
+        assert prompt == list(found.token_ids)
+
+
+@pytest.mark.parametrize("around", ["<|im_start|> $A", "<|im_start|> $A <|im_end|>", "$A <b>"])
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_a_prompt_has_around_it_what_the_server_puts_there_and_a_text_ends_once(
+    tmp_path: Path, name: str, around: str, served: Callable[[PreTrainedTokenizerBase], Prompts]
+) -> None:
+    tokenizer = deepcopy(TOKENIZERS[name])
+    tokenizer.bos_token = "<|im_start|>"
+    pieces = ["<|im_start|>", "<|im_end|>", "<b>"]
+    ids = tokenizer.convert_tokens_to_ids(pieces)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=around, special_tokens=[*zip(pieces, ids, strict=True)]
+    )
+    path, prompts = tmp_path / "data.jsonl", served(tokenizer)
+    for text in ("the quick", "<|im_start|>the", ""):
+        rows = ({"prompt": text, "completion": " fox"}, {"text": text + " fox"})
+        path.write_text("\n".join(map(json.dumps, rows)))
+        answered, whole = read_examples(path, tokenizer, max_length=100)
+
+        ((prompt, _),) = turns_learned(answered)
+        assert prompt == list(asyncio.run(prompts.encode_all([text]))[0])
+        bare = tokenizer.encode(text + " fox", add_special_tokens=False)
+        begins = around.startswith("<|im_start|>") and not text.startswith("<|im_start|>")
+        assert whole.ids == [*ids[:begins], *bare, tokenizer.eos_token_id]

@@ -31,8 +31,6 @@ class ToolFormat:
     aliases: other texts with which calls may begin.
     starts: texts with which a call itself may begin, without the pieces before it.
     unmarked: whether an answer may consist of calls in JSON alone, without the pieces.
-    in_system: whether the template reads the tools from the system's message.
-    short_ids: whether the template takes only ids of nine letters and digits.
     mentions: rows of texts; the chat template of such a model has all texts of one row.
     """
 
@@ -47,8 +45,6 @@ class ToolFormat:
     aliases: Pieces = ()
     starts: Pieces = ()
     unmarked: bool = False
-    in_system: bool = False
-    short_ids: bool = False
     mentions: tuple[Pieces, ...] = ()
 
     def fits(self, template: str) -> bool:
@@ -167,7 +163,6 @@ TOOL_FORMATS: tuple[ToolFormat, ...] = (
         ("mistral",),
         NamedCall(("[ARGS]",), suffix=r"(\[CALL_ID\][A-Za-z0-9]{9})?"),
         before=("[TOOL_CALLS]",),
-        short_ids=True,
         mentions=(("[TOOL_CALLS]", "[ARGS]"),),
     ),
     ToolFormat(
@@ -176,7 +171,6 @@ TOOL_FORMATS: tuple[ToolFormat, ...] = (
         opening=("[TOOL_CALLS]", "["),
         between=", ",
         closing=("]",),
-        short_ids=True,
         mentions=(("[TOOL_CALLS]",),),
     ),
     ToolFormat(
@@ -201,7 +195,6 @@ TOOL_FORMATS: tuple[ToolFormat, ...] = (
         between=", ",
         closing=("]", "<|/tool_call|>"),
         aliases=("functools",),
-        in_system=True,
         mentions=(("<|tool|>",), ("<|tool_call|>",), ("functools[",)),
     ),
     ToolFormat(

@@ -389,6 +389,38 @@ def test_mistrals_templates_get_ids_of_nine_characters(engine: Engine) -> None:
     run(engine, scenario)
 
 
+def test_tools_are_shown_where_the_template_reads_them(engine: Engine) -> None:
+    """In the system's message, as Phi-4-mini's does, or as most do; /tokenize says the same."""
+    tools = request()["tools"]
+    functions = json.dumps([tool["function"] for tool in tools], ensure_ascii=False)
+    phi = HERMES.replace("tools or []", "[]").replace(
+        "{{ m.content }}",
+        "{{ m.content }}{% if m.role == 'system' and 'tools' in m %}"
+        "{{ '<|tool|>' + m['tools'] + '<|/tool|>' }}{% endif %}",
+    )
+
+    async def prompt(client: Client, messages: list[dict[str, Any]]) -> str:
+        body = {"messages": messages, "tools": tools}
+        found = await (await client.post("/tokenize", json=body)).json()
+        asked = request(messages=messages, max_tokens=1)
+        async with client.post(CHAT, json=asked) as response:
+            assert (await response.json())["usage"]["prompt_tokens"] == found["count"]
+        return str(engine.tokenizer.decode(found["tokens"]))
+
+    async def scenario(client: Client) -> None:
+        engine.tokenizer.chat_template = phi
+        shown = f"<|tool|>{functions}<|/tool|><|im_end|>\n<|im_start|>user\nhello"
+        assert f"system\n{shown}" in await prompt(client, HELLO)
+        brief = [{"role": "system", "content": "be brief"}, *HELLO]
+        assert f"system\nbe brief{shown}" in await prompt(client, brief)
+        engine.tokenizer.chat_template = HERMES.replace("<tool_call>", "<|tool|>")
+        found = await prompt(client, HELLO)
+        assert tools[0]["function"]["name"] in found
+        assert "system" not in found
+
+    run(engine, scenario)
+
+
 def test_a_result_whose_call_was_cut_off_is_shown_to_the_template(engine: Engine) -> None:
     """As clients send it that keep the last turns alone."""
     engine.tokenizer.chat_template = HERMES
