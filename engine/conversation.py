@@ -76,7 +76,7 @@ def turn_of(message: Mapping[str, Any]) -> Turn:
     What is empty is left out: a template that looks for calls would find a list of none. Arguments
     that are no JSON object, as those of an answer that was cut short, stay the text they are.
 
-    Raises ValueError if it has no role or its content is not text.
+    Raises ValueError if it has no role, its content is not text, or a call in it is none.
     """
     turn = {name: value for name, value in message.items() if value is not None and value != []}
     if not isinstance(turn.get("role"), str):
@@ -96,9 +96,17 @@ def turn_of(message: Mapping[str, Any]) -> Turn:
         raise ValueError(f"the content of a message is {content!r:.50}, expected text")
     turn["content"] = content
     if "tool_calls" in turn:
-        calls = map(_in_order, turn["tool_calls"])
+        calls = [_in_order(_required_call(call)) for call in turn["tool_calls"]]
         turn["tool_calls"] = [_with_arguments(call, _object_or_text) for call in calls]
     return turn
+
+
+def _required_call(call: object) -> Mapping[str, Any]:
+    if isinstance(call, Mapping):
+        function = call.get("function")
+        if isinstance(function, Mapping) and isinstance(function.get("name"), str):
+            return call
+    raise ValueError(f"a tool call is {call!r:.50}, expected a function with name and arguments")
 
 
 def _in_order(of_function: Mapping[str, Any]) -> dict[str, Any]:

@@ -347,10 +347,11 @@ def test_a_model_with_sentencepieces_file_alone_answers(
         ([[5], [5, 99999]], {}, "prompt 1: token id 99999 is outside the vocabulary"),
         ([[]], {}, "prompt is empty"),
         ([[5], ["a", 3]], {}, r"prompt 1 is \['a', 3\], expected text or a list of token ids"),
+        (["a", "b\ud800"], {}, "prompt 1 is not valid text: .* surrogates not allowed"),
         ([[5], [6]], {"params": [GREEDY]}, "params has 1 entries for 2 prompts"),
         ([[5]], {"params": SamplingParams(max_tokens=10**6)}, "asks for 1000000 more"),
     ],
-    ids=str,
+    ids=ascii,
 )
 def test_a_prompt_that_cannot_be_served_is_named(
     llm: LLM, prompts: list[Any], options: dict[str, Any], message: str
@@ -383,6 +384,9 @@ def test_messages_that_cannot_be_rendered_are_refused(llm: LLM) -> None:
         ([{"role": "pirate", "content": "arr"}], "unknown role pirate"),
         ([{"content": "x"}], "needs a role"),
         ([{"role": "user", "content": [{"type": "image_url"}]}], "expected text"),
+        ([{"role": "user", "content": "a\ud800"}], "message 0 is not valid text"),
+        ([{"role": "assistant", "tool_calls": [{"name": "f"}]}], "a tool call is .* a function"),
+        ([{"role": "assistant", "tool_calls": "abc"}], "a tool call is 'a', expected a function"),
     ):
         with pytest.raises(ParameterError, match=message):
             llm.chat(messages, GREEDY)

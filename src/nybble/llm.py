@@ -459,6 +459,8 @@ class LLM:
         encoder = self._encoder_of(self._engine.tokens_of(adapter).tokenizer)
         try:
             turns = [turn_of(each) for each in messages]
+            for number, turn in enumerate(turns):
+                _require_text("messages", f"message {number}", turn["content"])
             text = at_once(encoder.rendered(template, turns, tools, own_variables, self._render))
             return tuple(encoder.encode(text))
         except (TemplateRefusedError, TemplateFailedError) as error:
@@ -488,6 +490,7 @@ class LLM:
         by_tokenizer: dict[TextTokenizer, dict[int, str]] = {}
         for index, (prompt, adapter) in enumerate(zip(prompts, adapters, strict=True)):
             if isinstance(prompt, str):
+                _require_text("prompt", f"prompt {index}", prompt)
                 tokenizer = self._engine.tokens_of(adapter).tokenizer
                 by_tokenizer.setdefault(tokenizer, {})[index] = prompt
             else:
@@ -675,6 +678,14 @@ def _conversations(messages: Conversation | Sequence[Conversation]) -> Sequence[
                     f"{message!r:.50} in messages, expected a dict with role and content",
                 )
     return found
+
+
+def _require_text(parameter: str, name: str, text: str) -> None:
+    """A Python string may have half of a surrogate pair, which no tokenizer reads."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ParameterError(parameter, f"{name} is not valid text: {error}") from None
 
 
 def _token_ids(index: int, prompt: Sequence[int]) -> tuple[int, ...]:
