@@ -81,7 +81,7 @@ def make_app(
     )
     admission = Admission(capacity, lambda: engine.stats().computed_tokens)
     metrics = Metrics(engine, admission, models[0] if settings.vllm_metrics else None)
-    limits, ledger = settings.quotas or Limiter(), UsageLedger()
+    limits, ledger = settings.quotas or Limiter(tenants), UsageLedger()
     cors = settings.cors
     owners = AdapterOwners()
     resolver = _resolver(engine, settings)

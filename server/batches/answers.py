@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 
@@ -64,13 +64,16 @@ class Answers:
         self._unknown = unknown
         self._background = background
 
-    async def answer(self, line: Line, tenant: Tenant | None) -> Answer:
-        """Run a line to its end. While the server or the tenant is at a limit, it waits."""
+    async def answer(self, line: Line, tenant_of: Callable[[], Tenant | None]) -> Answer:
+        """Run a line to its end. While the server or the tenant is at a limit, it waits.
+
+        tenant_of: whose line it is, as the tenants' file has it now. Raises ApiError if it is gone.
+        """
         tries = 0
         while True:
             record = RequestRecord("req_" + secrets.token_hex(12))
             try:
-                body, status = await self._run(line, Call(tenant, record)), 200
+                body, status = await self._run(line, Call(tenant_of(), record)), 200
             except Exception as caught:
                 error = record.failed(caught)
                 passing = error.status in _OF_THE_MOMENT or error.code == "engine_failed"

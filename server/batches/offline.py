@@ -89,7 +89,7 @@ async def answer_file(
                 nonlocal completed
                 try:
                     line = index.line(position)
-                    found = await answers.answer(line, None)
+                    found = await answers.answer(line, lambda: None)
                     results.add(line.custom_id, found)
                     completed += found.ok
                     bar.update()

@@ -142,8 +142,7 @@ class Runner:
     async def _advance(self, batch: Batch) -> None:
         """Take a batch from the status it has to its end."""
         try:
-            tenant = self._tenant_of(batch.owner)
-            index = await asyncio.to_thread(self._checked, batch, tenant)
+            index = await asyncio.to_thread(self._checked, batch, self._tenant_of(batch.owner))
         except ApiError as error:
             errors = [{"code": error.code, "message": error.message, "param": error.param}]
             await until_recorded(self._fail, batch, errors)
@@ -158,7 +157,7 @@ class Runner:
             return
         with self._files.growing(Growing(batch.owner, results.bytes)) as growing:
             try:
-                await self._answer_all(batch, index, results, tenant, growing)
+                await self._answer_all(batch, index, results, growing)
                 await until_recorded(self._finish, batch, index, results, growing)
             finally:
                 self._running.pop(batch.id, None)
@@ -196,16 +195,16 @@ class Runner:
         batch: Batch,
         index: LineIndex,
         results: Results,
-        tenant: Tenant | None,
         growing: Growing,
     ) -> None:
         """Answer the lines that have no result, until the batch is cancelled or expires."""
         answered: asyncio.Queue[tuple[str, Answer] | None] = asyncio.Queue()
+        tenant_of = partial(self._tenant_of, batch.owner)  # a batch may run for a day
 
         async def answer(position: int) -> None:
             line = await asyncio.to_thread(index.line, position)
             found = await asyncio.to_thread(self._no_room, line.custom_id, growing, 1)
-            found = found or await self._answers.answer(line, tenant)
+            found = found or await self._answers.answer(line, tenant_of)
             answered.put_nowait((line.custom_id, found))
 
         def ended(task: asyncio.Task[None]) -> None:

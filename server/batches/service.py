@@ -76,6 +76,6 @@ class BatchService(Collector):
             return None
         tenant = None if self._tenants is None else self._tenants.named(owner)
         if tenant is None:
-            message = f"the tenant {owner!r} is no longer known"
-            raise ApiError(403, message, code="tenant_unknown")
+            # As its keys get it.
+            raise ApiError(401, f"the tenant {owner!r} is no longer known", code="invalid_api_key")
         return tenant

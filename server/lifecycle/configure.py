@@ -98,6 +98,7 @@ def server_settings(options: ServeOptions, device: str, *, loopback: bool) -> Se
         _require_folder("--response-store", network.response_store.absolute().parent)
     if adapters.lora_cache_dir is not None:
         _require_folder("--lora-cache-dir", adapters.lora_cache_dir)
+    tenants = None if keys.tenants is None else Tenants(keys.tenants)
     return ServerSettings(
         models=options.served_names,
         max_sequences=memory.max_num_seqs + memory.max_waiting,
@@ -106,8 +107,8 @@ def server_settings(options: ServeOptions, device: str, *, loopback: bool) -> Se
         admin_keys=require_keys(keys.admin_key or (), "--admin-key"),
         adapter_roots=roots,
         adapter_state=state,
-        tenants=None if keys.tenants is None else Tenants(keys.tenants),
-        quotas=None if keys.quota_store is None else _quotas(keys),
+        tenants=tenants,
+        quotas=None if keys.quota_store is None else _quotas(keys, tenants),
         adapter_watch=adapters.lora_watch,
         shared_adapters=_shared_adapters(options),
         shutdown_timeout=network.shutdown_timeout,
@@ -199,9 +200,9 @@ def _shared_adapters(options: ServeOptions) -> SharedAdapters | None:
     )
 
 
-def _quotas(options: KeyOptions) -> SharedLimiter:
+def _quotas(options: KeyOptions, tenants: Tenants | None) -> SharedLimiter:
     assert options.quota_store is not None
-    if options.tenants is None:
+    if tenants is None:
         raise ValueError("--quota-store counts what tenants use: give --tenants too")
     try:
         from nybble.server.tenancy.shared_limits import SharedLimiter
@@ -210,7 +211,7 @@ def _quotas(options: KeyOptions) -> SharedLimiter:
             f"--quota-store needs redis-py ({error.name} is missing): pip install 'nybble[redis]'"
         ) from None
     try:
-        return SharedLimiter(options.quota_store, options.quota_store_failure)
+        return SharedLimiter(options.quota_store, options.quota_store_failure, tenants)
     except ValueError as error:
         raise ValueError(f"--quota-store {options.quota_store}: {error}") from None
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
+import signal
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
@@ -39,7 +40,8 @@ logger = logging.getLogger(__name__)
 
 
 def launch(options: ServeOptions, sock: socket) -> None:
-    """Load the model and its adapters and serve them on the socket until a signal comes.
+    """Load the model and its adapters and serve them on the socket until a signal comes. SIGHUP
+    reloads the tenants file.
 
     The socket answers at once, with 503 until everything is loaded. Threads may still be busy when
     this returns, with work whose result nobody waits for any more. Raises ValueError and OSError
@@ -64,6 +66,9 @@ async def _load_and_serve(
     adapters: Mapping[str, str],
 ) -> None:
     log_format = options.operation.log_format
+    if settings.tenants is not None:  # already here: the signal would end a process that loads
+        loop = asyncio.get_running_loop()
+        loop.add_signal_handler(signal.SIGHUP, settings.tenants.reload)
     startup = Startup(bars=log_format == "text" and sys.stderr.isatty())
     sock.listen(BACKLOG)  # before the log says where
     logger.info(LogEvent("starting", {"health": f"{_origin(sock, settings)}/health"}))

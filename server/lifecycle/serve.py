@@ -45,7 +45,7 @@ async def serve(
     """Serve a started engine until SIGINT or SIGTERM, then let requests in flight finish.
 
     Meanwhile new requests get 503. Requests that do not finish in time end with an error. A second
-    signal ends them with an error now, and then the process. SIGHUP reloads the tenants file.
+    signal ends them with an error now, and then the process.
 
     ready: called when requests are accepted.
 
@@ -72,8 +72,6 @@ async def serve(
     engine.when_dead(lambda: _tell(loop, ending.asked))
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, ending.on_signal, number)
-    if settings.tenants is not None:
-        loop.add_signal_handler(signal.SIGHUP, settings.tenants.reload)
     watch = None
     if settings.adapter_watch is not None:
         adapters = AdapterWatch(engine, settings.adapter_watch, settings.models)

@@ -16,7 +16,7 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Protocol
 
 from nybble.server.http.errors import ApiError
-from nybble.server.tenancy.tenants import Tenant
+from nybble.server.tenancy.tenants import Tenant, Tenants
 
 Clock = Callable[[], float]
 
@@ -41,6 +41,11 @@ class Bucket:
     def take(self, amount: int) -> None:
         self._level = self.level - amount
 
+    def change_rate(self, per_minute: int) -> None:
+        """It stays as full as it is, in parts of the whole: so it is full at the same time."""
+        self._level = self.level * per_minute / self.per_minute
+        self.per_minute = per_minute
+
     def seconds_until(self, amount: float) -> float:
         """Seconds until so much can be taken, or the bucket is full."""
         missing = min(amount, self.per_minute) - self.level
@@ -60,9 +65,14 @@ class Limits(Protocol):
 
 
 class Limiter:
-    """The state of every tenant's limits. It survives a reload of the tenants file."""
+    """The state of every tenant's limits. It survives a reload of the tenants file.
 
-    def __init__(self, clock: Clock = time.monotonic) -> None:
+    A request may have begun before the file was read again: its limits are those of the file now.
+    """
+
+    def __init__(self, tenants: Tenants | None = None, clock: Clock = time.monotonic) -> None:
+        """tenants: what the file has now; None if nothing is ever read again."""
+        self._tenants = tenants
         self._clock = clock
         self._buckets: dict[tuple[str, str], Bucket] = {}
         self._running: Counter[str] = Counter()
@@ -77,6 +87,7 @@ class Limiter:
         background: leave the tenant's other requests half of each rate, and count for nothing
             against its concurrency when they come.
         """
+        tenant = self._now(tenant)
         most, running = tenant.max_concurrency, self._running[tenant.name]
         if background:
             running += self._in_background[tenant.name]
@@ -116,7 +127,11 @@ class Limiter:
             }
         )
 
+    def _now(self, tenant: Tenant) -> Tenant:
+        return tenant if self._tenants is None else self._tenants.now(tenant)
+
     def _rates(self, tenant: Tenant) -> tuple[Bucket | None, Bucket | None]:
+        tenant = self._now(tenant)
         return (
             self._bucket(tenant.name, "requests", tenant.requests_per_minute),
             self._bucket(tenant.name, "tokens", tenant.tokens_per_minute),
@@ -126,8 +141,10 @@ class Limiter:
         if per_minute is None:
             return None
         bucket = self._buckets.get((name, kind))
-        if bucket is None or bucket.per_minute != per_minute:  # the limit in the file has changed
+        if bucket is None:
             bucket = self._buckets[name, kind] = Bucket(per_minute, self._clock)
+        elif bucket.per_minute != per_minute:  # the limit in the file has changed
+            bucket.change_rate(per_minute)
         return bucket
 
 

@@ -33,7 +33,7 @@ from nybble.server.http import retry_after
 from nybble.server.http.errors import ApiError
 from nybble.server.observability.exposition import CounterSeries, Family, counter
 from nybble.server.tenancy.limits import Limiter, limit_headers, refused
-from nybble.server.tenancy.tenants import Tenant
+from nybble.server.tenancy.tenants import Tenant, Tenants
 
 logger = logging.getLogger(__name__)
 
@@ -115,9 +115,12 @@ class SharedLimiter:
         self,
         url: str,
         on_failure: Literal["open", "closed"],
+        tenants: Tenants | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """on_failure: while the store does not answer, ``open`` counts in this server alone, and
+        """tenants: what the file has now; None if nothing is ever read again.
+
+        on_failure: while the store does not answer, ``open`` counts in this server alone, and
         ``closed`` refuses tenants' requests with 503.
 
         Raises ValueError for a URL that redis-py does not know.
@@ -134,10 +137,11 @@ class SharedLimiter:
         self._spend = self._redis.register_script(_SPEND)
         self._closed = on_failure == "closed"
         self._clock = clock
-        self._alone = Limiter(clock)
+        self._alone = Limiter(tenants, clock)
         self._away_until = -math.inf
         self._server = uuid4().hex[:12]
-        self._tenants: dict[str, Tenant] = {}
+        self._tenants = tenants
+        self._known: dict[str, Tenant] = {}
         self._unsent: Counter[str] = Counter()
         self._leases: defaultdict[str, set[str]] = defaultdict(set)
         self._renewed = clock()
@@ -169,7 +173,7 @@ class SharedLimiter:
         background: leave the tenant's other requests half of each rate, and count for nothing
             against its concurrency when they come.
         """
-        self._tenants[tenant.name] = tenant
+        tenant = self._known[tenant.name] = self._now(tenant)
         async with AsyncExitStack() as stack:
             lease = f"{'b' if background else 'f'}:{self._server}:{uuid4().hex}"
             if await self._admitted(tenant, prompt_tokens, lease, background):
@@ -191,6 +195,7 @@ class SharedLimiter:
 
     def spend(self, tenant: Tenant, tokens: int) -> None:
         """Count tokens served. The store is told within a moment."""
+        tenant = self._now(tenant)
         if tenant.tokens_per_minute is None:
             return
         self._unsent[tenant.name] += tokens
@@ -204,7 +209,7 @@ class SharedLimiter:
         """OpenAI's ``x-ratelimit-*``, as far as this server knows."""
         if self._is_away():
             return self._alone.headers(tenant)
-        levels = {}
+        tenant, levels = self._now(tenant), {}
         now = self._clock()
         for kind, per_minute in _rates(tenant):
             if per_minute:
@@ -231,8 +236,8 @@ class SharedLimiter:
         if renewing:
             names |= {name for name, leases in self._leases.items() if leases}
         for name in names:
-            tenant, tokens = self._tenants.get(name), self._unsent.pop(name, 0)
-            per_minute = 0 if tenant is None else tenant.tokens_per_minute or 0
+            tokens = self._unsent.pop(name, 0)
+            per_minute = self._now(self._known[name]).tokens_per_minute or 0
             arguments = [per_minute, tokens, _LEASE_SECONDS]
             leases = sorted(self._leases[name]) if renewing else []
             sent = False
@@ -293,6 +298,9 @@ class SharedLimiter:
     async def _end_lease(self, name: str, lease: str) -> None:
         with self._failing():
             await self._redis.zrem(_keys(name)[2], lease)
+
+    def _now(self, tenant: Tenant) -> Tenant:
+        return tenant if self._tenants is None else self._tenants.now(tenant)
 
     def _is_away(self) -> bool:
         return self._clock() < self._away_until

@@ -106,12 +106,12 @@ class Tenants:
     def __init__(self, path: Path) -> None:
         """Raises TenantsError."""
         self._path = path
-        self._digests = self._read()
+        self._tenants, self._digests = self._read()
 
     def reload(self) -> None:
         """Read the file again. If it is invalid, everything stays as it was."""
         try:
-            self._digests = self._read()
+            self._tenants, self._digests = self._read()
         except TenantsError as error:
             logger.error("the tenants stay as they were: %s", error)
         else:
@@ -127,9 +127,14 @@ class Tenants:
         return tenant
 
     def named(self, name: str) -> Tenant | None:
-        return next((tenant for _, tenant in self._digests if tenant.name == name), None)
+        return self._tenants.get(name)
 
-    def _read(self) -> Sequence[tuple[bytes, Tenant]]:
+    def now(self, tenant: Tenant) -> Tenant:
+        """A tenant that was found earlier, as the file has it now; unchanged if it is gone."""
+        return self._tenants.get(tenant.name, tenant)
+
+    def _read(self) -> tuple[Mapping[str, Tenant], Sequence[tuple[bytes, Tenant]]]:
+        """Tenants by name, and by the digest of each key."""
         try:
             file = _File.model_validate(tomllib.loads(self._path.read_text()))
         except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -140,7 +145,7 @@ class Tenants:
             message = _MESSAGES.get(first["type"], first["msg"]).removeprefix("Value error, ")
             where = f"{self._path}: {place}" if place else f"{self._path}"
             raise TenantsError(f"{where}: {message}") from None
-        return [
+        return file.tenants, [
             (bytes.fromhex(key.removeprefix("sha256:")), tenant)
             for tenant in file.tenants.values()
             for key in tenant.keys

@@ -422,6 +422,49 @@ def test_a_tenant_sees_its_own_and_keeps_its_limits(
     serve(scenario, tenants=Tenants(file), admin_keys=("boss",), api_keys=("plain",))
 
 
+def test_lines_that_have_not_begun_are_subject_to_the_tenants_file_of_now(
+    engine: Engine, serve: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key, stored = new_key()
+    acme = f'[tenants.acme]\nkeys = ["{stored}"]\n'
+    others = f'[tenants.other]\nkeys = ["{new_key()[1]}"]\n'
+    changes = {acme + "models = []": (404, "model_not_found"), others: (401, "invalid_api_key")}
+    file = tmp_path / "tenants.toml"
+    file.write_text(acme)
+    tenants = Tenants(file)
+    generate, begun, opened = engine.generate, asyncio.Event(), asyncio.Event()
+
+    async def late(request: Any) -> AsyncGenerator[Any]:
+        begun.set()
+        await opened.wait()
+        async for output in generate(request):
+            yield output
+
+    monkeypatch.setattr(engine, "generate", late)
+
+    async def scenario(client: Client) -> None:
+        admin = of(client, "boss")
+        for text, refused in changes.items():
+            begun.clear()
+            opened.clear()
+            file.write_text(acme)
+            tenants.reload()
+            batch = await created(of(client, key), [completion(f"r{i}") for i in range(30)])
+            await begun.wait()
+            file.write_text(text)
+            tenants.reload()
+            opened.set()
+            batch = await ended(admin, batch)
+            assert batch.status == "completed"
+            assert batch.request_counts.failed >= 30 - engine.max_num_seqs
+            errors = await results(admin, batch.error_file_id)
+            answers = [line["response"] for line in errors.values()]
+            found = {(a["status_code"], a["body"]["error"]["code"]) for a in answers}
+            assert found == {refused}
+
+    serve(scenario, tenants=tenants, admin_keys=("boss",))
+
+
 def test_other_requests_go_first(engine: Engine, serve: Callable[..., None]) -> None:
     """A batch that could fill every seat gives them back, and takes no place in the queue."""
 

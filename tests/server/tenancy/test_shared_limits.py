@@ -17,7 +17,7 @@ from redis import Redis
 from nybble.server.http.errors import ApiError
 from nybble.server.tenancy import shared_limits
 from nybble.server.tenancy.shared_limits import SharedLimiter
-from nybble.server.tenancy.tenants import Tenant
+from nybble.server.tenancy.tenants import Tenant, Tenants
 
 PROGRAM = shutil.which("valkey-server") or shutil.which("redis-server")
 pytestmark = pytest.mark.skipif(
@@ -129,6 +129,33 @@ def test_generated_tokens_are_told_later_and_paid_back_everywhere(store: Store) 
         assert refused.value.retry_after in (61, 62)
 
     servers(store, scenario)
+
+
+def test_a_stream_from_before_a_reload_spends_by_the_file_of_now(
+    store: Store, tmp_path: Path
+) -> None:
+    file = tmp_path / "tenants.toml"
+    entry = f'[tenants.acme]\nkeys = ["sha256:{"0" * 64}"]\n'
+    file.write_text(entry)
+    tenants = Tenants(file)
+    before = tenants.named("acme")
+    assert before is not None
+
+    async def scenario() -> None:
+        limiter = SharedLimiter(store.url, "open", tenants)
+        try:
+            async with limiter.admit(before, 1):
+                file.write_text(entry + "tokens_per_minute = 60\n")
+                tenants.reload()
+                limiter.spend(before, 100)
+                await limiter.flush()
+            with pytest.raises(ApiError, match="60 tokens per minute"):
+                await use(limiter, before)
+            assert limiter.headers(before)["x-ratelimit-remaining-tokens"] == "0"
+        finally:
+            await limiter._redis.aclose()
+
+    asyncio.run(scenario())
 
 
 def test_running_requests_are_counted_until_they_end_or_their_server_is_gone(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import re
 import signal
 import time
@@ -23,6 +24,7 @@ from nybble.server.tenancy.tenants import Tenant, Tenants, TenantsError, new_key
 
 from ..client import COMPLETIONS, Client, run
 from ..conftest import CONFIG, ServerProcess, running_server
+from ..forked import ForkedServer
 
 KEY, STORED = new_key()
 OTHER_KEY, OTHER_STORED = new_key()
@@ -131,7 +133,7 @@ async def use(limits: Limits, tenant: Tenant, prompt: int = 1, generated: int = 
 
 async def requests_per_minute_refill_steadily() -> None:
     clock, one = Clock(), tenant(requests_per_minute=2)
-    limiter = Limiter(clock)
+    limiter = Limiter(clock=clock)
     for _ in range(2):
         await use(limiter, one, 10)
     with pytest.raises(ApiError, match="limit of 2 requests per minute") as refused:
@@ -150,7 +152,7 @@ async def requests_per_minute_refill_steadily() -> None:
 
 async def generated_tokens_are_paid_back() -> None:
     clock, one = Clock(), tenant(tokens_per_minute=60)
-    limiter = Limiter(clock)
+    limiter = Limiter(clock=clock)
     await use(limiter, one, 20, generated=100)
     clock.now += 59
     with pytest.raises(ApiError, match="60 tokens per minute") as refused:
@@ -168,7 +170,7 @@ async def generated_tokens_are_paid_back() -> None:
 
 async def a_refused_request_counts_nothing_and_concurrency_ends_with_the_request() -> None:
     one = tenant(max_concurrency=1, requests_per_minute=5)
-    limiter = Limiter(Clock())
+    limiter = Limiter(clock=Clock())
     async with limiter.admit(one, 1):
         with pytest.raises(ApiError, match="1 concurrent"):
             await use(limiter, one)
@@ -176,12 +178,22 @@ async def a_refused_request_counts_nothing_and_concurrency_ends_with_the_request
     assert limiter.headers(one)["x-ratelimit-remaining-requests"] == "3"
 
 
-async def a_new_limit_in_the_file_begins_anew_and_an_old_one_goes_on() -> None:
-    limiter = Limiter(Clock())
-    await use(limiter, tenant(requests_per_minute=1))
-    with pytest.raises(ApiError):
-        await use(limiter, tenant(requests_per_minute=1, weight=2.0))
-    await use(limiter, tenant(requests_per_minute=3))
+async def a_changed_rate_leaves_what_is_left_in_proportion() -> None:
+    clock = Clock()
+    limiter = Limiter(clock=clock)
+    await use(limiter, tenant(requests_per_minute=2))
+    assert limiter.headers(tenant(requests_per_minute=6))["x-ratelimit-remaining-requests"] == "3"
+    for _ in range(3):
+        await use(limiter, tenant(requests_per_minute=6, weight=2.0))
+    with pytest.raises(ApiError, match="limit of 4 requests per minute"):
+        await use(limiter, tenant(requests_per_minute=4))
+    # What was taken beyond the limit is still to be paid back, in the same time.
+    await use(limiter, tenant(requests_per_minute=None, tokens_per_minute=100), 300)
+    clock.now += 119
+    with pytest.raises(ApiError, match="limit of 1000 tokens"):
+        await use(limiter, tenant(tokens_per_minute=1000))
+    clock.now += 2
+    await use(limiter, tenant(tokens_per_minute=1000))
 
 
 @pytest.mark.parametrize(
@@ -190,10 +202,37 @@ async def a_new_limit_in_the_file_begins_anew_and_an_old_one_goes_on() -> None:
         requests_per_minute_refill_steadily,
         generated_tokens_are_paid_back,
         a_refused_request_counts_nothing_and_concurrency_ends_with_the_request,
-        a_new_limit_in_the_file_begins_anew_and_an_old_one_goes_on,
+        a_changed_rate_leaves_what_is_left_in_proportion,
     ],
 )
 def test_limits(scenario: Callable[[], Coroutine[None, None, None]]) -> None:
+    asyncio.run(scenario())
+
+
+def test_a_stream_from_before_a_reload_spends_by_the_file_of_now(
+    file: Callable[..., Path],
+) -> None:
+    tenants = Tenants(file("tokens_per_minute = 1000"))
+    limiter = Limiter(tenants, Clock())
+    before = tenants.named("acme")
+    assert before is not None
+    file("tokens_per_minute = 1200")
+    tenants.reload()
+    now = tenants.named("acme")
+    assert now is not None
+
+    async def scenario() -> None:
+        async with limiter.admit(now, 1200):
+            for _ in range(3):
+                limiter.spend(before, 1)
+                with pytest.raises(ApiError, match="limit of 1200 tokens"):
+                    await use(limiter, now)
+                # Whose request has been read while the file was read again.
+                with pytest.raises(ApiError, match="limit of 1200 tokens"):
+                    await use(limiter, before)
+        assert limiter.headers(before) == limiter.headers(now)
+        assert limiter.headers(now)["x-ratelimit-limit-tokens"] == "1200"
+
     asyncio.run(scenario())
 
 
@@ -328,3 +367,26 @@ def test_sighup_reads_the_file_again_under_load(
     with running_server(tiny_model(max_length=1024), "--tenants", str(path)) as server:
         asyncio.run(asyncio.wait_for(scenario(server), 120))
     assert f"{path} cannot be read" in "".join(server.lines)
+
+
+def test_sighup_while_the_model_loads_reads_the_file_again(
+    tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    path = tmp_path / "tenants.toml"
+    path.write_text(f'[tenants.acme]\nkeys = ["{STORED}"]\n')
+    options = ("--port", "0", "--kv-cache-memory", "16MiB", "--tenants", str(path))
+    server = ForkedServer(["serve", "--model", str(tiny_model()), *options], {**os.environ})
+    lines: list[str] = []
+    try:
+        for line in server.stderr:
+            lines.append(line)
+            if "starting" in line:
+                server.send_signal(signal.SIGHUP)
+            if "Serving" in line:
+                break
+        else:
+            raise AssertionError(f"it ended with {server.wait(60)}:\n" + "".join(lines))
+    finally:
+        server.kill()
+        server.wait()
+    assert f"{path} was read again" in "".join(lines)
