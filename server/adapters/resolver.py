@@ -146,8 +146,9 @@ class AdapterResolver:
         held = self._held.get(name)
         if held is None and self._engine.adapter(name) is not None:
             return True  # it was loaded in another way, which takes precedence
-        if held is not None and self._clock() - held.checked <= self._refresh_seconds:
-            return self._lease(name, leases)
+        fresh = held is not None and self._clock() - held.checked <= self._refresh_seconds
+        if fresh and self._lease(name, leases):
+            return True
         since = self._absent.get(name)
         if since is not None and self._clock() - since <= self._refresh_seconds:
             return False
@@ -171,7 +172,14 @@ class AdapterResolver:
                 code="adapter_loading",
                 retry_after=retry_after.BUSY,
             ) from None
-        return exists and self._lease(name, leases)
+        if exists and not self._lease(name, leases):
+            raise ApiError(
+                503,
+                f"adapter {name!r} was pushed out of the cache by others as soon as it was read",
+                code="adapter_unavailable",
+                retry_after=retry_after.BUSY,
+            )
+        return exists
 
     async def lifespan(self, _: web.Application) -> AsyncGenerator[None]:
         """Ask again about names in use while the application runs."""

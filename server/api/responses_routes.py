@@ -29,7 +29,7 @@ from nybble.server.api.responses import ResponsesFormatter
 from nybble.server.api.responses_schema import ResponsesRequest
 from nybble.server.http.errors import ApiError
 from nybble.server.http.gate import Gate
-from nybble.server.observability.request_record import RECORD, RequestRecord
+from nybble.server.observability.request_record import RequestRecord
 
 _NUMBER = re.compile(r"-1|[0-9]{1,9}")
 
@@ -83,10 +83,11 @@ class ResponsesApi:
             )
         if kept and self._store is not None:
             await self._store.ready()
-        group, formatter, stored = await self._endpoints.response(body, Call.of(request))
+        call = Call.of(request)
+        group, formatter, stored = await self._endpoints.response(body, call)
         if body.background:
             log = self._logs.begin(group.id) if body.stream else None
-            self._in_background(request[RECORD], group, formatter, stored, log)
+            self._in_background(call, group, formatter, stored, log)
             return json_response(stored.response) if log is None else await _follow(request, log, 0)
         return await respond(request, self._generation, group, formatter, stream=bool(body.stream))
 
@@ -165,7 +166,7 @@ class ResponsesApi:
 
     def _in_background(
         self,
-        record: RequestRecord,
+        call: Call,
         group: SequenceGroup,
         formatter: ResponsesFormatter,
         stored: StoredResponse,
@@ -173,7 +174,10 @@ class ResponsesApi:
     ) -> None:
         assert self._store is not None
         self._store.save(stored)
-        task = asyncio.create_task(self._run(record, group, formatter, stored, log))
+        task = asyncio.create_task(self._run(call.record, group, formatter, stored, log))
+        if call.leases is not None:  # the request ends before the response
+            leases = call.leases.pop_all()
+            task.add_done_callback(lambda _: leases.close())
         self._running[group.id] = Running(task, stored)
 
     async def _run(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections.abc import AsyncGenerator, Callable
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 
 from pydantic_core import to_json
@@ -73,7 +73,7 @@ class Answers:
         while True:
             record = RequestRecord("req_" + secrets.token_hex(12))
             try:
-                body, status = await self._run(line, Call(tenant_of(), record)), 200
+                body, status = await self._run(line, tenant_of(), record), 200
             except Exception as caught:
                 error = record.failed(caught)
                 passing = error.status in _OF_THE_MOMENT or error.code == "engine_failed"
@@ -87,12 +87,14 @@ class Answers:
             )
             return Answer(data, status == 200)
 
-    async def _run(self, line: Line, call: Call) -> bytes:
-        group, formatter = await self._prepared(line, call)
-        group = replace(group, background=self._background)
-        return await whole_body(
-            self._generation, group, formatter, call.record, _limited(group.timeout)
-        )
+    async def _run(self, line: Line, tenant: Tenant | None, record: RequestRecord) -> bytes:
+        with ExitStack() as leases:  # a line may wait for room with its adapter
+            call = Call(tenant, record, leases=leases)
+            group, formatter = await self._prepared(line, call)
+            group = replace(group, background=self._background)
+            return await whole_body(
+                self._generation, group, formatter, record, _limited(group.timeout)
+            )
 
     async def _prepared(self, line: Line, call: Call) -> tuple[SequenceGroup, WholeFormatter]:
         for field in ("stream", "background"):

@@ -28,7 +28,9 @@ from nybble.server.adapters.archive import MAX_BYTES, WEIGHTS
 from nybble.server.adapters.disk_cache import AdapterDiskCache, CacheFullError
 from nybble.server.adapters.places import AdapterRegistry, AdapterSource, Found, PlaceError
 from nybble.server.adapters.resolver import AdapterResolver
+from nybble.server.api.generation import Generation, SequenceGroup
 from nybble.server.app import make_app
+from nybble.server.files.storage import StorageSettings
 from nybble.server.http.errors import ApiError
 from nybble.server.http.gate import Gate
 from nybble.server.lifecycle.settings import ServerSettings, SharedAdapters
@@ -590,6 +592,124 @@ def test_the_cache_keeps_what_is_in_use_and_evicts_the_rest(
         (found,) = [settings.sources[0].find("a3")]
         assert found is not None
         assert cache.get(found.key) is not None
+        cache.close()
+
+    asyncio.run(main())
+
+
+async def line_of_a_batch(client: Client, model: str) -> Callable[[], Awaitable[str]]:
+    """Begins a batch of one request; what returns its results once there are any."""
+    body = {"model": model, "prompt": "the fox", "max_tokens": 2}
+    line = {"custom_id": "a", "method": "POST", "url": COMPLETIONS, "body": body}
+    form = FormData()
+    form.add_field("purpose", "batch")
+    form.add_field("file", json.dumps(line).encode(), filename="in.jsonl")
+    async with client.post("/v1/files", data=form) as response:
+        batch = {"input_file_id": (await response.json())["id"], "completion_window": "24h"}
+    async with client.post("/v1/batches", json={**batch, "endpoint": COMPLETIONS}) as response:
+        id = (await response.json())["id"]
+
+    async def result() -> str:
+        while True:
+            async with client.get(f"/v1/batches/{id}") as response:
+                batch = await response.json()
+            if batch["status"] in ("completed", "failed"):
+                return str(batch["request_counts"])
+            await asyncio.sleep(0.01)
+
+    return result
+
+
+async def response_in_background(client: Client, model: str) -> Callable[[], Awaitable[str]]:
+    body = {"model": model, "input": "the fox", "max_output_tokens": 2, "background": True}
+    async with client.post("/v1/responses", json=body) as response:
+        id = (await response.json())["id"]
+
+    async def result() -> str:
+        while True:
+            async with client.get(f"/v1/responses/{id}") as response:
+                body = await response.json()
+            if body["status"] not in ("queued", "in_progress"):
+                return str(body["error"])
+            await asyncio.sleep(0.01)
+
+    return result
+
+
+@pytest.mark.parametrize(
+    ("begin", "expected"),
+    [
+        (line_of_a_batch, "{'total': 1, 'completed': 1, 'failed': 0}"),
+        (response_in_background, "None"),
+    ],
+)
+def test_what_waits_without_a_client_keeps_its_adapter_until_it_ends(
+    begin: Callable[..., Awaitable[Callable[[], Awaitable[str]]]],
+    expected: str,
+    engines: list[Engine],
+    shared: Callable[..., SharedAdapters],
+    tiny_adapter: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name, seed in (("a", 1), ("b", 2)):
+        put(tiny_adapter(seed=seed), f"memory://loras/{name}")
+    size = sum(file.stat().st_size for file in tiny_adapter(seed=1).iterdir())
+    run, waiting, opened = Generation.run, asyncio.Event(), asyncio.Event()
+
+    async def late(self: Generation, group: SequenceGroup) -> AsyncIterator[Any]:
+        """As if there were no room yet."""
+        if group.adapter == "a":
+            waiting.set()
+            await opened.wait()
+        async for item in run(self, group):
+            yield item
+
+    monkeypatch.setattr(Generation, "run", late)
+
+    async def scenario(client: Client) -> None:
+        result = await begin(client, "a")
+        await waiting.wait()
+        assert await ask(client, "b") == (503, "adapter_unavailable")
+        opened.set()
+        assert await result() == expected
+        assert (await ask(client, "b"))[0] == 200
+
+    serve(
+        engines,
+        [shared("memory://loras", limit=int(1.5 * size))],
+        scenario,
+        admin_keys=(),
+        storage=StorageSettings(state=tmp_path / "state"),
+        batches=True,
+        response_store=(tmp_path / "responses.db", 1 << 20),
+    )
+
+
+def test_an_adapter_that_goes_before_its_request_has_it_is_not_called_unknown(
+    engines: list[Engine],
+    shared: Callable[..., SharedAdapters],
+    tiny_adapter: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    put(tiny_adapter(seed=1), "memory://loras/a")
+    settings = shared("memory://loras", refresh=60)
+    lease = AdapterResolver._lease
+
+    def late(self: AdapterResolver, name: str, leases: ExitStack | None) -> bool:
+        """Another thread needs the room."""
+        self._give_up(self._held[name].found.key)
+        return lease(self, name, leases)
+
+    async def main() -> None:
+        cache = AdapterDiskCache(*settings.cache)
+        resolver = AdapterResolver(engines[0], ("tiny",), settings.sources, None, cache)
+        with monkeypatch.context() as patch:
+            patch.setattr(AdapterResolver, "_lease", late)
+            with pytest.raises(ApiError, match="'a' was pushed out") as refused:
+                await resolver.obtain("a")
+            assert refused.value.status == 503
+        assert await resolver.obtain("a")
         cache.close()
 
     asyncio.run(main())
