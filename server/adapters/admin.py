@@ -10,11 +10,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import shutil
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+from weakref import WeakValueDictionary
 
 from aiohttp import web
 
@@ -50,6 +52,8 @@ from nybble.server.tenancy.keys import Keys
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 # Earlier uploads that are left on disk, to roll back to.
 _UPLOADS_KEPT = 4
 
@@ -83,6 +87,7 @@ class AdapterAdmin:
         self._keys = keys
         self._roots = [root.resolve() for root in roots]
         self._uploads = AdapterUploads(uploads_folder(roots)) if roots else None
+        self._turns: WeakValueDictionary[str, threading.Lock] = WeakValueDictionary()
 
     def routes(self) -> list[web.RouteDef]:
         load, unload, every, one, versions, rollback, prefetch = ADMIN_PATHS
@@ -103,7 +108,7 @@ class AdapterAdmin:
         self._require_admin(request)
         body = await read_body(request, LoadAdapterRequest)
         self._require_free(body.lora_name, replace=bool(body.load_inplace))
-        info = await asyncio.to_thread(self._load, body)
+        info = await self._in_turn(body.lora_name, lambda: self._load(body))
         return json_response(_body(info))
 
     def _load(self, body: LoadAdapterRequest) -> AdapterInfo:
@@ -166,20 +171,22 @@ class AdapterAdmin:
         self._require_admin(request)
         body = await read_body(request, UnloadAdapterRequest)
         self._require_own("expected_version", body.expected_version)
-        if await self._withdrawn(body.lora_name, delete=False):
-            return json_response(
-                {"object": "lora_adapter", "name": body.lora_name, "unloaded": True}
-            )
-        if self._state is not None and self._engine.adapter(body.lora_name) is None:
+        return json_response(await self._in_turn(body.lora_name, lambda: self._unload(body)))
+
+    def _unload(self, body: UnloadAdapterRequest) -> dict[str, Any]:
+        name = body.lora_name
+        if self._withdrawn(name, delete=False):
+            return {"object": "lora_adapter", "name": name, "unloaded": True}
+        if self._state is not None and self._engine.adapter(name) is None:
             # Forget an adapter that failed to load at the start too, or every start tries it.
-            await asyncio.to_thread(self._state.forget, body.lora_name)
-        info = self._find(body.lora_name)
-        self._engine.unload_adapter(body.lora_name, expected=body.expected_version)
+            self._state.forget(name)
+        info = self._find(name)
+        self._engine.unload_adapter(name, expected=body.expected_version)
         if self._state is not None:
-            await asyncio.to_thread(self._state.forget, body.lora_name)
+            self._state.forget(name)
         if self._uploads is not None:
-            await asyncio.to_thread(self._uploads.set_unloaded, body.lora_name, True)
-        return json_response(_body(info))
+            self._uploads.set_unloaded(name, True)
+        return _body(info)
 
     async def upload(self, request: web.Request) -> web.Response:
         self._require_admin(request)
@@ -192,7 +199,7 @@ class AdapterAdmin:
             except ArchiveError as error:
                 raise ApiError(400, str(error), param="file", code="invalid_adapter") from None
             self._require_free(form.name, replace=form.replace)
-            info = await asyncio.to_thread(self._publish, uploads, form, scratch)
+            info = await self._in_turn(form.name, lambda: self._publish(uploads, form, scratch))
         return json_response(_body(info))
 
     def _scratch(self) -> AbstractContextManager[Path]:
@@ -225,20 +232,22 @@ class AdapterAdmin:
     async def delete(self, request: web.Request) -> web.Response:
         """Unload an adapter if it is loaded, and remove its files if they were uploaded."""
         self._require_admin(request)
-        name, uploads = _name(request), self._uploads
-        expected = request.query.get("expected_version")
+        name, expected = _name(request), request.query.get("expected_version")
         self._require_own("expected_version", expected)
-        if await self._withdrawn(name, delete=True):
-            return json_response({"object": "lora_adapter", "name": name, "deleted": True})
-        kept = uploads is not None and await asyncio.to_thread(uploads.has, name)
+        await self._in_turn(name, lambda: self._delete(name, expected))
+        return json_response({"object": "lora_adapter", "name": name, "deleted": True})
+
+    def _delete(self, name: str, expected: str | None) -> None:
+        if self._withdrawn(name, delete=True):
+            return
+        kept = self._uploads is not None and self._uploads.has(name)
         if not kept or self._engine.adapter(name) is not None:
             self._engine.unload_adapter(self._find(name).name, expected=expected)
         if self._state is not None:
-            await asyncio.to_thread(self._state.forget, name)
-        if uploads is not None:
-            await asyncio.to_thread(uploads.retire, name)
+            self._state.forget(name)
+        if self._uploads is not None:
+            self._uploads.retire(name)
         self._engine.forget_adapter(name)
-        return json_response({"object": "lora_adapter", "name": name, "deleted": True})
 
     async def change(self, request: web.Request) -> web.Response:
         """Pin an adapter, or no longer."""
@@ -281,7 +290,8 @@ class AdapterAdmin:
         if request.can_read_body:
             body = await read_body(request, RollBackRequest)
         self._require_own(None, "a rollback")
-        info = await asyncio.to_thread(self._roll_back, _name(request), body)
+        name = _name(request)
+        info = await self._in_turn(name, lambda: self._roll_back(name, body))
         return json_response(_body(info))
 
     def _roll_back(self, name: str, body: RollBackRequest) -> AdapterInfo:
@@ -363,11 +373,20 @@ class AdapterAdmin:
                 code="unsupported_parameter",
             )
 
-    async def _withdrawn(self, name: str, *, delete: bool) -> bool:
+    async def _in_turn(self, name: str, change: Callable[[], T]) -> T:
+        """Run a change of a name on another thread, and no two at a time: what is on disk, in the
+        engine and in the state stays of the same change."""
+        turn = self._turns.setdefault(name, threading.Lock())
+
+        def changed() -> T:
+            with turn:  # held by the thread, which goes on if the client goes away
+                return change()
+
+        return await asyncio.to_thread(changed)
+
+    def _withdrawn(self, name: str, *, delete: bool) -> bool:
         """Whether a shared place had the name, and no longer has."""
-        if self._resolver is None:
-            return False
-        return await asyncio.to_thread(self._resolver.withdraw, name, delete=delete)
+        return self._resolver is not None and self._resolver.withdraw(name, delete=delete)
 
     def _require_free(self, name: str, *, replace: bool) -> None:
         if name in self._models:

@@ -7,7 +7,9 @@ import gzip
 import io
 import json
 import random
+import shutil
 import tarfile
+import threading
 import urllib.error
 import urllib.request
 import zipfile
@@ -23,6 +25,7 @@ from nybble.engine import AdapterConfig, Engine
 from nybble.loaders import open_checkpoint
 from nybble.server.adapters import archive
 from nybble.server.adapters.archive import CONFIG, MAX_BYTES, WEIGHTS, ArchiveError, extract_adapter
+from nybble.server.adapters.state import AdapterState
 from nybble.server.adapters.uploads import AdapterUploads
 
 from ..client import COMPLETIONS, Client, run
@@ -276,6 +279,75 @@ def test_uploads_outlive_the_server(
     assert [(info["name"], info["path"]) for info in listed] == [("kept", str(newest))]
     assert sorted(p.name for p in (tmp_path / "uploads").iterdir()) == ["broken", "kept"]
     assert list((tmp_path / "uploads" / "kept").iterdir()) == [newest]
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "owner", "method"),
+    [
+        ("upload", "upload", Engine, "load_adapter"),
+        ("load", "load", AdapterState, "_change"),
+        ("unload", "load", AdapterState, "_change"),
+        ("delete", "upload", AdapterState, "_change"),
+        ("roll_back", "load", AdapterState, "_change"),
+    ],
+)
+def test_of_two_changes_of_a_name_a_restart_finds_the_one_that_is_served(
+    first: str,
+    second: str,
+    owner: type,
+    method: str,
+    engine: Engine,
+    tiny_adapter: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    root, state = tmp_path / "loras", tmp_path / "state.json"
+    for seed in (1, 2, 3):
+        shutil.copytree(tiny_adapter(seed=seed), root / f"a{seed}")
+    halfway, other_done = threading.Event(), threading.Event()
+    original = getattr(owner, method)
+
+    def held(*arguments: Any, **options: Any) -> Any:
+        if not halfway.is_set():
+            halfway.set()
+            other_done.wait(1)
+        return original(*arguments, **options)
+
+    async def scenario(client: Client) -> None:
+        async def change(kind: str, folder: str) -> None:
+            name = {"lora_name": "x"}
+            body: dict[str, Any] = name
+            path = "/v1/unload_lora_adapter"
+            if kind == "upload":
+                files = {file: (root / folder / file).read_bytes() for file in (CONFIG, WEIGHTS)}
+                await upload(client, files, load_inplace="true", **name)
+                return
+            if kind == "load":
+                path = "/v1/load_lora_adapter"
+                body = {**name, "lora_path": folder, "load_inplace": True}
+            elif kind == "roll_back":
+                path, body = f"{PATH}/x/rollback", {}
+            verb = "DELETE" if kind == "delete" else "POST"
+            path = f"{PATH}/x" if kind == "delete" else path
+            async with client.request(verb, path, json=body, headers=ADMIN) as response:
+                assert response.status == 200, await response.text()
+
+        await change("load", "a3")
+        await change("load", "a1")
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, method, held)
+            one = asyncio.create_task(change(first, "a1"))
+            await asyncio.to_thread(halfway.wait)
+            await change(second, "a2")
+            other_done.set()
+            await one
+        served = engine.adapter("x")
+        assert served is not None
+        uploaded = AdapterUploads(root / "uploads").recover()
+        found = AdapterState(state).paths().get("x", uploaded.get("x"))
+        assert str(found) == served.path
+
+    run(engine, scenario, admin_keys=["root"], adapter_roots=[root], adapter_state=state)
 
 
 def test_an_unloaded_upload_stays_unloaded_until_it_is_wanted_again(
