@@ -13,7 +13,9 @@ from nybble.server.api.chat_schema import (
     MAX_MESSAGES,
     MAX_TOOLS,
     ChatRequest,
+    Function,
     ReasoningEffort,
+    Tool,
     require_text,
 )
 from nybble.server.api.parse import converted
@@ -136,6 +138,15 @@ class Turn(Body):
         return [*results, turn]
 
 
+_ToolName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,128}$")]
+
+
+class _NamedFunction(Function):
+    """Anthropic's names may be longer than OpenAI's."""
+
+    name: _ToolName
+
+
 class AnthropicTool(Body):
     ignored: ClassVar[dict[str, str]] = {
         **_CACHED,
@@ -146,7 +157,7 @@ class AnthropicTool(Body):
     }
 
     type: Literal["custom"] | None = None
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
+    name: _ToolName
     description: str | None = None
     input_schema: dict[str, Any]
     strict: bool | None = None
@@ -163,14 +174,14 @@ class AnthropicTool(Body):
             )
         return data
 
-    def tool(self) -> dict[str, Any]:
-        function = {
-            "name": self.name,
-            "description": self.description,
-            "parameters": self.input_schema,
-            "strict": self.strict,
-        }
-        return {"type": "function", "function": function}
+    def tool(self) -> Tool:
+        function = _NamedFunction(
+            name=self.name,
+            description=self.description,
+            parameters=self.input_schema,
+            strict=self.strict,
+        )
+        return Tool(type="function", function=function)
 
 
 class AnthropicToolChoice(Body):

@@ -27,6 +27,7 @@ from nybble.server.api.respond import (
 from nybble.server.api.response_store import ResponseStore, StoredResponse
 from nybble.server.api.responses import ResponsesFormatter
 from nybble.server.api.responses_schema import ResponsesRequest
+from nybble.server.files.paging import Page
 from nybble.server.http.errors import ApiError
 from nybble.server.http.gate import Gate
 from nybble.server.observability.request_record import RequestRecord
@@ -127,17 +128,18 @@ class ResponsesApi:
     async def input_items(self, request: web.Request) -> web.Response:
         stored = await self._found(request)
         items = [{"id": f"item_{at}", **_in_parts(item)} for at, item in enumerate(stored.items)]
-        if request.query.get("order", "desc") != "asc":
+        # Of what can be included there is nothing here.
+        others = ("order", "include", "include[]")
+        page = Page.of(request, default=20, most=100, others=others)
+        if page.newest:
             items.reverse()
-        return json_response(
-            {
-                "object": "list",
-                "data": items,
-                "first_id": items[0]["id"] if items else None,
-                "last_id": items[-1]["id"] if items else None,
-                "has_more": False,
-            }
-        )
+        if page.after is not None:
+            ids = [item["id"] for item in items]
+            if page.after not in ids:
+                message = f"there is no item {page.after!r}"
+                raise ApiError(404, message, param="after", code="not_found")
+            items = items[ids.index(page.after) + 1 :]
+        return json_response(page.body(items, lambda item: item))
 
     async def cancel(self, request: web.Request) -> web.Response:
         stored = await self._found(request)

@@ -186,8 +186,8 @@ class Api:
         return await respond(request, self.generation, group, formatter, stream=bool(body.stream))
 
     async def count_tokens(self, request: web.Request) -> web.Response:
-        body = await read_body(request, CountTokensRequest)
-        adapter = await self._names.adapter(body.model, None, Call.of(request))
+        body, call = await read_body(request, CountTokensRequest), Call.of(request)
+        adapter = await self._names.adapter(body.model, body.adapter, call)
         with parameters_called(_MESSAGES_NAMES):
             token_ids, _ = await self._chats.prompt(
                 body.chat(), adapter, self._engine.tokens_of(adapter)

@@ -79,9 +79,14 @@ def test_requests_to_an_adapter_get_its_template_and_its_settings(
             async with client.post("/v1/chat/completions", json=chat) as response:
                 used = (await response.json())["usage"]["prompt_tokens"]
             assert used == len(engine.tokenizer(shown[model])["input_ids"])
-            count = {**body, "max_tokens": 4}
             async with client.post("/v1/messages/count_tokens", json=body) as response:
-                assert (await response.json())["input_tokens"] == used, count
+                assert (await response.json())["input_tokens"] == used
+            named = {**body, "model": "tiny", "adapter": None if model == "tiny" else model}
+            async with client.post("/v1/messages/count_tokens", json=named) as response:
+                assert (await response.json())["input_tokens"] == used, named
+        named["adapter"] = "nobody"
+        async with client.post("/v1/messages/count_tokens", json=named) as response:
+            assert response.status == 404
         assert shown["own"] == "[user]: hi\n[answer]:"
         assert (
             shown["plain"]

@@ -11,7 +11,7 @@ import pytest
 
 from nybble.engine import Engine, Request, RequestOutput
 
-from ..client import HELLO, Client, run, without_white_space
+from ..client import CHAT, HELLO, Client, run, without_white_space
 from ..conftest import started_engine
 
 MESSAGES = "/v1/messages"
@@ -151,6 +151,31 @@ def test_tools_are_called(
         assert whole["stop_reason"] == "tool_use"
         assert block["input"]["zone"] in ("utc", "cet")
         assert same(joined(await streamed(client, **options))) == same(whole)
+
+    run(engine, scenario)
+
+
+def test_a_tools_name_may_be_as_long_as_anthropics(engine: Engine) -> None:
+    async def scenario(client: Client) -> None:
+        tool = {**TOOL, "name": "x" * 128}
+        block = {"type": "tool_use", "id": "t", "name": tool["name"], "input": {"zone": "utc"}}
+        result = {"type": "tool_result", "tool_use_id": "t", "content": "noon"}
+        turns = [
+            *HELLO,
+            {"role": "assistant", "content": [block]},
+            {"role": "user", "content": [result]},
+        ]
+        choice = {"type": "tool", "name": tool["name"]}
+        answer = await ask(client, tools=[tool], messages=turns, tool_choice=choice)
+        assert answer["usage"]["input_tokens"] > 128
+        body = {**BODY, "tools": [{**tool, "name": "x" * 129}]}
+        async with client.post(MESSAGES, json=body) as response:
+            assert response.status == 400
+            assert "tools[0].name" in (await response.json())["error"]["message"]
+        function = {"name": "x" * 65, "parameters": {}}  # OpenAI's own limit is 64
+        body = {**BODY, "tools": [{"type": "function", "function": function}]}
+        async with client.post(CHAT, json=body) as response:
+            assert response.status == 400
 
     run(engine, scenario)
 

@@ -82,6 +82,44 @@ def test_a_conversation_goes_on_by_the_id_of_its_last_response(
     run(engine, scenario, response_store=store)
 
 
+def test_input_items_come_in_pages(engine: Engine, store: tuple[Path, int]) -> None:
+    turns = [{"role": "user", "content": f"number {i}"} for i in range(22)]
+
+    async def scenario(client: Client) -> None:
+        id = (await respond(client, input=turns))["id"]
+
+        async def page(query: str) -> tuple[list[str], bool]:
+            status, found = await get(client, id, of=f"/input_items?{query}")
+            assert status == 200, found
+            ids = [item["id"] for item in found["data"]]
+            assert (found["first_id"], found["last_id"]) == (ids[0], ids[-1])
+            assert [item["content"][0]["text"] for item in found["data"]] == [
+                f"number {id.removeprefix('item_')}" for id in ids
+            ]
+            return ids, found["has_more"]
+
+        newest = [f"item_{i}" for i in reversed(range(22))]
+        assert await page("") == (newest[:20], True)
+        assert await page("after=item_2&include[]=reasoning.encrypted_content") == (
+            newest[20:],
+            False,
+        )
+        assert await page("limit=2&order=asc") == (["item_0", "item_1"], True)
+        assert await page("limit=2&order=asc&after=item_1") == (["item_2", "item_3"], True)
+        assert await page("limit=100") == (newest, False)
+        for query, status, param in (
+            ("limit=0", 400, "limit"),
+            ("limit=101", 400, "limit"),
+            ("order=random", 400, "order"),
+            ("after=item_22", 404, "after"),
+            ("offset=1", 400, "offset"),
+        ):
+            found, body = await get(client, id, of=f"/input_items?{query}")
+            assert (found, body["error"]["param"]) == (status, param)
+
+    run(engine, scenario, response_store=store)
+
+
 def test_a_deleted_response_is_gone(engine: Engine, store: tuple[Path, int]) -> None:
     async def scenario(client: Client) -> None:
         id = (await respond(client))["id"]
