@@ -13,7 +13,7 @@ from nybble.server.files.access import Access
 from nybble.server.files.files import Files, StoredFile, Upload
 from nybble.server.files.paging import Page
 from nybble.server.http import form_parts
-from nybble.server.http.errors import ApiError
+from nybble.server.http.errors import ApiError, without_surrogates
 
 FILES = "/v1/files"
 _MAX_NAME = 255
@@ -106,7 +106,8 @@ async def _read_form(request: web.Request, upload: Upload) -> tuple[str | None, 
             raise ApiError(400, "expected one file", param="file", code="invalid_value")
         else:
             # The name is only shown, never a path here; some clients send theirs whole.
-            filename = PurePath((part.filename or "file").replace("\\", "/")).name[-_MAX_NAME:]
+            given = without_surrogates(part.filename or "file")
+            filename = PurePath(given.replace("\\", "/")).name[-_MAX_NAME:]
             async for chunk in form_parts.chunks(part):
                 await asyncio.to_thread(upload.write, chunk)
     return purpose, filename

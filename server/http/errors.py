@@ -72,11 +72,11 @@ class ApiError(Exception):
         close: bool = False,
     ) -> None:
         # The message may quote the request: make it one line of bounded length.
-        message = " ".join(message.split())[:_MAX_MESSAGE]
+        message = without_surrogates(" ".join(message.split())[:_MAX_MESSAGE])
         super().__init__(message)
         self.status = status
         self.message = message
-        self.param = None if param is None else param[:_MAX_PARAM]
+        self.param = None if param is None else without_surrogates(param[:_MAX_PARAM])
         self.code = code
         self.retry_after = retry_after
         self.allow = allow
@@ -132,6 +132,12 @@ class ApiError(Exception):
         if self.close:
             response.force_close()
         return response
+
+
+def without_surrogates(text: str) -> str:
+    """The text, with ``?`` in place of what Python makes of invalid UTF-8 in headers, which can be
+    written nowhere."""
+    return text.encode(errors="replace").decode()
 
 
 def as_api_error(error: Exception, request_id: str) -> ApiError:

@@ -10,7 +10,7 @@ from aiohttp import web
 from aiohttp.test_utils import TestClient, TestServer
 
 from nybble.server.http import form_parts
-from nybble.server.http.errors import as_api_error
+from nybble.server.http.errors import ApiError, as_api_error
 
 HEADERS = {"Content-Type": "multipart/form-data; boundary=cut"}
 
@@ -81,3 +81,12 @@ def test_a_form_that_stops_coming_is_given_up_on(at: int, monkeypatch: pytest.Mo
 def test_a_form_that_is_cut_short_is_refused(at: int) -> None:
     status, message = answer(form(name="a-long-name")[:at])
     assert status == 400, message
+
+
+def test_an_error_can_be_written_whatever_it_quotes() -> None:
+    error = ApiError(400, "f\udce9le", param="f\ud800le")
+    for anthropic in (False, True):
+        response = error.response(anthropic=anthropic)
+        assert isinstance(response.body, bytes)
+        assert b"f?le" in response.body
+    assert error.body()["error"]["param"] == "f?le"

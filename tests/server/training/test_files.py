@@ -128,6 +128,25 @@ def test_a_form_that_is_not_as_expected_is_refused(site: Site) -> None:
     site.acme.files.delete(response.json()["id"])
 
 
+def test_names_in_latin_1_are_shown_as_far_as_they_can_be(site: Site) -> None:
+    kind = "multipart/form-data; boundary=cut"
+    headers = {"Authorization": f"Bearer {site.acme.api_key}", "Content-Type": kind}
+
+    def post(name: str, filename: str) -> tuple[int, Any]:
+        form = "--cut\r\nContent-Disposition: form-data; name="
+        form = f'{form}"purpose"\r\n\r\nfine-tune\r\n{form}"{name}"; filename="{filename}"'
+        content = form.encode("latin-1") + b"\r\n\r\n" + chat_lines(1) + b"\r\n--cut--\r\n"
+        response = httpx.post(f"{site.process.url}/v1/files", headers=headers, content=content)
+        return response.status_code, response.json()
+
+    status, file = post("file", "café.jsonl")
+    assert (status, file["filename"]) == (200, "caf?.jsonl")
+    assert site.acme.files.retrieve(file["id"]).filename == "caf?.jsonl"
+    site.acme.files.delete(file["id"])
+    status, body = post("fäle", "a.jsonl")
+    assert (status, body["error"]["message"]) == (400, "unknown parameter: f?le")
+
+
 def test_a_file_larger_than_a_body_may_be_is_streamed_to_disk(site: Site) -> None:
     row = json.dumps({"text": "moon " * 2000}).encode() + b"\n"
     content = row * ((17 << 20) // len(row))
