@@ -36,7 +36,7 @@ from nybble.loaders.gguf.tokenizer import end_tokens, save_tokenizer
 from nybble.loaders.output_folder import whole_folder
 from nybble.models import Architecture, Attention, Mixture, Mlp, architecture_of
 
-VERSION = 3
+VERSION = 4
 _EXPERT = re.compile(r"\.experts\.(\d+)\.")
 
 

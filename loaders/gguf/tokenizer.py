@@ -24,6 +24,14 @@ except ImportError as error:
 _GPT2 = ("gpt-2", "gpt2", "phi-2", "olmo", "mpt", "jais", "trillion", "granite-docling")
 # Those which split off every digit before that.
 _DIGITS = ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b")
+# Those of vocabularies whose texts begin with the BOS unless the file says otherwise, and those in
+# which a word that is a token is never merged from parts (llama.cpp has the same lists).
+_LLAMA3 = (
+    *("llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2"),
+    *("jina-v5-nano", "tekken"),
+)
+_BOS = (*_LLAMA3, "chameleon")
+_WHOLE_WORDS = (*_LLAMA3, "youtu", "glm4", "glm5", "minicpm5", "granite-embed-multi-97m")
 # Tokens after which an answer has ended, whatever the file names as its end token (llama.cpp has
 # the same list).
 _ENDS = (
@@ -54,6 +62,10 @@ def save_tokenizer(
                     pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
                 ]
             )
+        if kind == "gpt2" and split in _WHOLE_WORDS:
+            backend.model.ignore_merges = True
+        if kind == "gpt2" and split in _BOS and settings["bos_token"] is not None:
+            settings.setdefault("add_bos_token", True)
         if kind == "llama" and contents.get("add_prefix_space") is False:
             _without_prefix(backend)
         tokenizer: PreTrainedTokenizerBase = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]

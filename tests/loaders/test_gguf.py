@@ -76,6 +76,38 @@ def test_tokenizer_template_and_end_tokens_come_from_the_file(
     assert ends == [0, original.convert_tokens_to_ids("<|im_end|>")]
 
 
+@pytest.mark.parametrize("stated", [None, True, False])
+@pytest.mark.parametrize("split", ["llama-bpe", "tekken", "qwen2"])
+def test_a_file_that_does_not_say_how_texts_begin_is_read_as_llama_cpp_reads_it(
+    llama: Callable[..., Path],
+    tiny_model: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    split: str,
+    stated: bool | None,
+) -> None:
+    """Llama 3's and Mistral Nemo's begin with the BOS and have words that no merges make."""
+    add_split, add_bos = GGUFWriter.add_tokenizer_pre, GGUFWriter.add_add_bos_token
+    add_merges = GGUFWriter.add_token_merges
+    monkeypatch.setattr(GGUFWriter, "add_tokenizer_pre", lambda self, _: add_split(self, split))
+    monkeypatch.setattr(GGUFWriter, "add_token_merges", lambda self, m: add_merges(self, m[:-1]))
+    monkeypatch.setattr(
+        GGUFWriter,
+        "add_add_bos_token",
+        lambda self, _: None if stated is None else add_bos(self, stated),
+    )
+    vocabulary = AutoTokenizer.from_pretrained(tiny_model())
+    merges = json.loads((tiny_model() / "tokenizer.json").read_text())["model"]["merges"]
+    word = "".join(merges[-1])
+    known = split != "qwen2"
+    begins = ["<|endoftext|>"] if stated or (stated is None and known) else []
+    tokenizer = load_tokenizer(resolve_model(str(llama())))
+    assert tokenizer.tokenize(word, add_special_tokens=True) == [
+        *begins,
+        *([word] if known else merges[-1]),
+    ]
+    assert vocabulary.tokenize(word) == [word]
+
+
 def test_what_is_rounded_is_said_in_a_line(
     llama: Callable[..., Path], caplog: pytest.LogCaptureFixture
 ) -> None:
