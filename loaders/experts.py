@@ -19,10 +19,7 @@ def open_shards(folder: Path, architecture: Architecture) -> Shards:
     Raises CheckpointError if files are missing or broken, if an expert's tensor is there twice or
     not at all, and if there is another number of experts than config.json says.
     """
-    shards = Shards(folder)
-    if architecture.only:
-        shards.keep(architecture.only)
-    shards.leave_out(architecture.unused)
+    shards = Shards(folder, architecture)
     shapes: dict[str, tuple[int, ...]] = {}
     parts: dict[str, Part] = {}
     for prefix, mixture in mixtures(architecture):

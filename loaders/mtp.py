@@ -52,11 +52,9 @@ class MtpCheckpoint:
 
     def output_layer(self) -> PackedWeight | DenseWeight | None:
         """The model's own, whole, as it is stored; None if it is tied to the embeddings."""
-        name, shards = self.architecture.head, Shards(self.folder)
-        if name not in shards.modules:
-            return None
         whole = FolderCheckpoint(self.folder, self.config, format_of(self.folder))
-        return whole.projection(shards, name)
+        name, shards = self.architecture.head, Shards(self.folder, whole.architecture)
+        return whole.projection(shards, name) if name in shards.modules else None
 
     def output_layer_bytes(self, dtype: torch.dtype) -> int:
         """Of :meth:`output_layer`, once it is loaded in ``dtype``."""
@@ -112,10 +110,11 @@ def open_mtp(checkpoint: Checkpoint) -> MtpCheckpoint:
 def mtp_tensors(checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor]]:
     """The tensors of a checkpoint's MTP head as they are stored, without copies of the model's.
 
-    None if it has no such head.
+    None if it has no such head. Raises CheckpointError for one which the index names and no file
+    has.
     """
     if isinstance(checkpoint, FolderCheckpoint) and checkpoint.architecture.mtp is not None:
-        shards = Shards(checkpoint.folder)
+        shards = Shards(checkpoint.folder, checkpoint.architecture.mtp_head)
         for name in _own(checkpoint, checkpoint.architecture.mtp):
             yield name, shards.read(name)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +15,7 @@ from nybble.loaders.errors import CheckpointError, unreadable
 from nybble.loaders.gguf.index import INDEX as GGUF_INDEX
 from nybble.loaders.gguf.index import gguf_files
 from nybble.loaders.tensor_file import SafetensorsFile, TensorFile, TensorHeader, TensorReader
+from nybble.models import Architecture
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
@@ -115,6 +116,37 @@ def _of_language_model(stored: Sequence[str]) -> tuple[dict[str, str], list[str]
     return names, others
 
 
+def weight_files(folder: Path, names: Collection[str]) -> list[str]:
+    """The safetensors files that hold the weights of a folder, sorted.
+
+    names: the files that the folder has, or is to have; one in a folder below it holds none.
+    An index in it may name others, and a model that is both in the files of an index and in
+    model.safetensors has them all.
+
+    Raises CheckpointError for an index that cannot be read.
+    """
+    if (folder / _INDEX).is_file():
+        single = {_SINGLE}.intersection(names)
+        return sorted({*read_index(folder).values(), *single})
+    if _SINGLE in names:
+        return [_SINGLE]
+    return sorted(name for name in names if name.endswith(".safetensors") and "/" not in name)
+
+
+def read_index(folder: Path) -> dict[str, str]:
+    """The file of each tensor by the folder's index, empty if it has none.
+
+    Raises CheckpointError for one that cannot be read.
+    """
+    path = folder / _INDEX
+    if not path.is_file():
+        return {}
+    try:
+        return dict(json.loads(path.read_text())["weight_map"])
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CheckpointError(unreadable(path, f"is not a safetensors index: {error!r}")) from error
+
+
 class Shards:
     """Tensors by name over one file or several; memory-mapped, never unpickled.
 
@@ -123,11 +155,15 @@ class Shards:
     other_parts: the tensors of a multimodal model's other parts, which cannot be read.
     """
 
-    def __init__(self, folder: Path) -> None:
-        """Raises CheckpointError if files are missing, truncated or in another format."""
+    def __init__(self, folder: Path, architecture: Architecture | None = None) -> None:
+        """architecture: of what is read; None to show all tensors that are stored.
+
+        Raises CheckpointError if files are missing, truncated or in another format. With an
+        architecture, also for a tensor of it which the index names and no file has.
+        """
         self.folder = folder
         self._file_of: dict[str, TensorFile] = {}
-        places = self._index() if (folder / _INDEX).is_file() else {}
+        places = read_index(folder)
         for file in self._files():
             for name in file.names():
                 other = self._file_of.get(name)
@@ -138,8 +174,16 @@ class Shards:
                     )
                 if other is None or folder / places[name] == file.path:
                     self._file_of[name] = file
-        self._check_index()
-        self._stored, self.other_parts = _of_language_model(list(self._file_of))
+        absent = [] if architecture is None else [n for n in places if n not in self._file_of]
+        self._stored, others = _of_language_model([*self._file_of, *absent])
+        self.other_parts = [name for name in others if name in self._file_of]
+        if architecture is not None:
+            self._select(architecture)
+        for name, stored in list(self._stored.items()):
+            if stored not in self._file_of:
+                if module_and_leaf(name)[1] != _COMPUTED:
+                    raise CheckpointError(f"{folder / places[stored]} has no tensor {stored}")
+                del self._stored[name]
         self._parts: dict[str, Part] = {}
         # The file that was read last, what reads it, and how many bytes it has read.
         self._last: tuple[TensorFile, TensorReader, int] | None = None
@@ -152,7 +196,7 @@ class Shards:
     def _paths(self) -> list[Path]:
         single = self.folder / _SINGLE
         if (self.folder / _INDEX).is_file():
-            files = sorted({self.folder / name for name in self._index().values()})
+            files = sorted({self.folder / name for name in read_index(self.folder).values()})
             for path in files:
                 if not path.is_file():
                     raise CheckpointError(f"{self.folder / _INDEX} names {path.name}: not there")
@@ -163,9 +207,8 @@ class Shards:
                     f"such as {files[0].name}; remove {_SINGLE}, or the index and its files"
                 )
             return files
-        if single.is_file():
-            return [single]
-        if files := sorted(self.folder.glob("*.safetensors")):
+        names = [path.name for path in self.folder.glob("*.safetensors")]
+        if files := [self.folder / name for name in weight_files(self.folder, names)]:
             return files
         if any(self.folder.glob("*.bin")):
             raise CheckpointError(
@@ -174,30 +217,29 @@ class Shards:
             )
         raise CheckpointError(f"{self.folder} has no .safetensors file")
 
-    def _index(self) -> dict[str, str]:
-        path = self.folder / _INDEX
-        try:
-            weight_map: dict[str, str] = json.loads(path.read_text())["weight_map"]
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise CheckpointError(
-                unreadable(path, f"is not a safetensors index: {error!r}")
-            ) from error
-        return weight_map
+    def _select(self, architecture: Architecture) -> None:
+        """Show what is read, under the names that the architecture has."""
+        if architecture.tied:
+            self._tie(architecture.embedding, architecture.head)
+        only = architecture.only or ("",)
+        self._stored = {
+            name: stored
+            for name, stored in self._stored.items()
+            if name.startswith(only) and not name.startswith(architecture.unused)
+        }
 
-    def _check_index(self) -> None:
-        if (self.folder / _INDEX).is_file():
-            for name, file in self._index().items():
-                if name not in self._file_of:
-                    raise CheckpointError(f"{self.folder / file} has no tensor {name}")
+    def _tie(self, embedding: str, head: str) -> None:
+        """Let the one matrix of a model whose output layer is its embedding be the embedding.
 
-    def keep(self, prefixes: tuple[str, ...]) -> None:
-        """Show no tensors but those whose names begin with one of ``prefixes``."""
-        self._stored = {name: at for name, at in self._stored.items() if name.startswith(prefixes)}
-
-    def leave_out(self, prefixes: tuple[str, ...]) -> None:
-        """Show no tensors whose names begin with one of ``prefixes``."""
-        for name in [name for name in self._stored if name.startswith(prefixes)]:
-            del self._stored[name]
+        safetensors' save_model keeps of a matrix's two names the first by the alphabet.
+        """
+        stored = self._stored.get(head + ".weight")
+        there = [name for name, at in self._stored.items() if at in self._file_of]
+        if stored in self._file_of and not any(n.startswith(embedding + ".") for n in there):
+            self._stored[embedding + ".weight"] = stored
+            del self._stored[head + ".weight"]
+        elif stored is not None and stored not in self._file_of:
+            del self._stored[head + ".weight"]
 
     def present(self, parts: Mapping[str, Part]) -> None:
         """Show ``parts``, by the names of the tensors they are to be, instead of their sources.

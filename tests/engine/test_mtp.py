@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +27,7 @@ from nybble.engine.scheduler import ScheduledBatch
 from nybble.loaders import CheckpointError, open_checkpoint
 from nybble.loaders.footprint import weight_bytes
 from nybble.loaders.formats import WriteOptions, writing_format
-from nybble.loaders.mtp import draft_bytes, open_mtp
+from nybble.loaders.mtp import draft_bytes, has_mtp, mtp_tensors, open_mtp
 from nybble.models import UnsupportedModelError, architecture_of
 from nybble.quantizers import quantize_checkpoint
 from nybble.quantizers.rtn import round_to_nearest
@@ -359,6 +360,49 @@ def test_what_it_takes_is_known_before_it_is_loaded(
         memory_explained(model, config, head),
     ):
         pass
+
+
+def rewritten(source: Path, folder: Path, without: tuple[str, ...]) -> Path:
+    """A copy whose index names all tensors, and whose file lacks those ``without``."""
+    shutil.copytree(source, folder)
+    tensors = load_file(folder / "model.safetensors")
+    index = {"weight_map": dict.fromkeys(tensors, "model.safetensors")}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    kept = {name: each for name, each in tensors.items() if not name.startswith(without)}
+    save_file(kept, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def test_a_head_that_only_the_index_names_is_none(
+    random_of: Callable[[str], tuple[Path, Any]], tmp_path: Path
+) -> None:
+    """Copies of a model in other formats leave it out; some have the model's own index."""
+    source, _ = random_of("glm4_moe")
+    folder = rewritten(source, tmp_path / "without", ("model.layers.2.",))
+    model = open_checkpoint(folder)
+    assert dict(model.weights()).keys() == dict(open_checkpoint(source).weights()).keys()
+    assert not has_mtp(model)
+    with pytest.raises(CheckpointError, match="has no MTP head"):
+        open_mtp(model)
+    part = open_checkpoint(rewritten(source, tmp_path / "part", ("model.layers.2.mlp.gate.",)))
+    for read in (open_mtp, lambda model: list(mtp_tensors(model))):
+        with pytest.raises(CheckpointError, match=r"has no tensor model\.layers\.2\.mlp\.gate\."):
+            read(part)  # type: ignore[operator]
+
+
+def test_a_tied_matrix_of_the_output_layers_name_is_not_loaded_twice(
+    random_of: Callable[[str], tuple[Path, Any]], tmp_path: Path
+) -> None:
+    source, _ = random_of("glm4_moe")
+    folder = rewritten(source, tmp_path / "tied", ("model.embed_tokens.",))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    model = open_checkpoint(folder)
+    embedding = load_file(source / "model.safetensors")["lm_head.weight"]
+    assert torch.equal(dict(model.weights())["model.embed_tokens.weight"], embedding)
+    head = open_mtp(model)
+    assert head.output_layer() is None
+    assert head.output_layer_bytes(torch.bfloat16) == 0
 
 
 def test_a_checkpoint_without_a_head_or_a_part_of_it_is_refused_by_name(

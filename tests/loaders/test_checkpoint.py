@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save_file, save_model
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from nybble.kernels import DenseWeight, PackedWeight
 from nybble.loaders import Checkpoint, CheckpointError, open_checkpoint
+from nybble.loaders.footprint import weight_bytes
 from nybble.quantizers import quantize_checkpoint
 
 
@@ -94,6 +95,53 @@ def test_a_folder_with_two_models_is_refused(gptq: Path) -> None:
     }
     (gptq / "model.safetensors.index.json").write_text(json.dumps(index))
     assert_same(values(open_checkpoint(gptq)), whole)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "llama", "lfm2"])
+def test_a_tied_matrix_may_have_the_output_layers_name(
+    tmp_path: Path, tiny_model: Callable[..., Path], family: str
+) -> None:
+    """As safetensors' save_model writes it, and transformers reads it."""
+    usual = tiny_model(family=family, tie_word_embeddings=True)
+    folder = Path(shutil.copytree(usual, tmp_path / "model"))
+    model = AutoModelForCausalLM.from_pretrained(usual, dtype=torch.bfloat16)
+    save_model(model, str(folder / "model.safetensors"), {"format": "pt"})
+    names = load_file(folder / "model.safetensors").keys()
+    assert "lm_head.weight" in names
+    assert "model.embed_tokens.weight" not in names
+    found, expected = values(open_checkpoint(folder)), values(open_checkpoint(usual))
+    assert_same(found, expected)
+    read = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    assert torch.equal(read.get_input_embeddings().weight, found["model.embed_tokens.weight"])
+    for head in (None, "int8"):
+        size = weight_bytes(usual, torch.bfloat16, head=head)  # type: ignore[arg-type]
+        assert weight_bytes(folder, torch.bfloat16, head=head) == size  # type: ignore[arg-type]
+    for source, copy in ((usual, tmp_path / "a"), (folder, tmp_path / "b")):
+        quantize_checkpoint(source, copy, format="nf4", progress=False)
+    assert_same(values(open_checkpoint(tmp_path / "b")), values(open_checkpoint(tmp_path / "a")))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_an_index_may_name_what_is_not_read(
+    tmp_path: Path, tiny_model: Callable[..., Path], tied: bool
+) -> None:
+    """As of files that were written again without it; transformers reads them too."""
+    folder = Path(shutil.copytree(tiny_model(tie_word_embeddings=tied), tmp_path / "m"))
+    whole = values(open_checkpoint(folder))
+    weight_map = in_shards(folder)
+    weight_map["model.layers.0.self_attn.rotary_emb.inv_freq"] = "part-0.safetensors"
+    weight_map |= {"lm_head.weight": "part-1.safetensors"} if tied else {}
+    index = {"metadata": {}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert_same(values(open_checkpoint(folder)), whole)
+    read = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    assert torch.equal(read.get_input_embeddings().weight, whole["model.embed_tokens.weight"])
+    weight_map["model.layers.0.self_attn.q_proj.scales"] = "part-0.safetensors"
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(
+        CheckpointError, match=r"part-0\.safetensors has no tensor .*q_proj\.scales"
+    ):
+        values(open_checkpoint(folder))
 
 
 def test_settings_may_be_in_quantize_config_json(gptq: Path) -> None:

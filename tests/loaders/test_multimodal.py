@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save_file, save_model
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from nybble.loaders import open_checkpoint, save_packed
@@ -172,6 +172,28 @@ def test_names_may_be_those_of_newer_files(gemma: Path, reference: Any) -> None:
     save_file({**newer, "model.sound_tower.weight": torch.zeros(3)}, path)
     with pytest.raises(ValueError, match=r"does not use, the first is model\.sound_tower"):
         reference.our_logits(open_checkpoint(gemma), torch.arange(3), torch.float32)
+
+
+def test_an_index_may_name_other_parts_that_no_file_has(gemma: Path) -> None:
+    expected = dict(open_checkpoint(gemma).weights())
+    weight_map = dict.fromkeys(load_file(gemma / "model.safetensors"), "model.safetensors")
+    weight_map["vision_tower.embeddings.position_ids"] = "model.safetensors"
+    (gemma / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    assert dict(open_checkpoint(gemma).weights()).keys() == expected.keys()
+
+
+def test_a_tied_matrix_may_have_the_output_layers_name(
+    tmp_path: Path, tiny_model: Callable[..., Path], reference: Any
+) -> None:
+    model = written("gemma3", tmp_path, tiny_model())
+    ids = torch.arange(3, 40)
+    expected = logits_of(model, ids)
+    save_model(model, str(tmp_path / "model.safetensors"), {"format": "pt"})
+    names = load_file(tmp_path / "model.safetensors").keys()
+    assert "lm_head.weight" in names
+    assert not any("embed_tokens" in name for name in names)
+    found = reference.our_logits(open_checkpoint(tmp_path), ids, torch.float32)
+    assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
 
 
 def test_what_is_derived_is_the_language_model_alone(
