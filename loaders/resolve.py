@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from huggingface_hub import model_info, snapshot_download
@@ -11,6 +12,8 @@ from nybble.kernels.progress import Bar
 from nybble.loaders.cache import cache_folder
 from nybble.loaders.demo import demo_from_packages
 from nybble.loaders.gguf.names import choose, models_among, parts_of
+from nybble.loaders.model_files import embedding_modules
+from nybble.loaders.shards import read_index, weight_files
 from nybble.model_name import (
     DEFAULT_ALIASES,
     DEMO,
@@ -21,7 +24,9 @@ from nybble.model_name import (
     read_aliases,
 )
 
-_FILES = ["*.safetensors", "*.json", "tokenizer.model", "*.jinja", "merges.txt"]
+# What is read of a repository beside weights.
+_SETTINGS = ["*.json", "tokenizer.model", "*.jinja", "merges.txt"]
+_ABSENT = "not on this machine"
 
 
 def resolve_model(name: str, *, aliases: Path | None = None, download: bool = True) -> Path:
@@ -86,36 +91,83 @@ def _from_hub(name: str, download: bool) -> tuple[Path | None, str]:
     Raises ModelNotFoundError for a repository of several GGUF files without a tag for one of them.
     """
     repository, _, tag = name.partition(":")
+    found, reason = _in_cache(repository, tag)
+    if found is not None or not download:
+        return found, reason
     try:
-        cached = Path(snapshot_download(repository, allow_patterns=_FILES, local_files_only=True))
-        files = [str(file.relative_to(cached)) for file in cached.rglob("*.gguf")]
-        if not tag and any(cached.glob("*.safetensors")):
-            return cached, ""
-        chosen = choose(repository, files, tag)
-        if chosen is not None and set(parts_of(chosen)) <= set(files):
-            return _gguf_folder(cached / chosen), ""
-    except (LocalEntryNotFoundError, HFValidationError):
-        pass
-    if not download:
-        return None, "not on this machine"
-    try:
-        if not tag:
-            folder = Path(snapshot_download(repository, allow_patterns=_FILES, tqdm_class=Bar))
-            if any(folder.glob("*.safetensors")):
-                return folder, ""
-        files = _files_of(repository)
-        chosen = choose(repository, files, tag)
-        if chosen is None:
-            there = ", ".join(models_among(files)) or "none"
-            return (
-                None,
-                f"no .gguf file is {tag}; there are {there}" if tag else "it has no weights",
-            )
-        parts = parts_of(chosen)
-        folder = Path(snapshot_download(repository, allow_patterns=parts, tqdm_class=Bar))
-        return _gguf_folder(folder / chosen), ""
+        return _fetched(repository, tag)
     except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
-        return None, str(error).splitlines()[0]
+        _, reason = _in_cache(repository, tag)  # of which some files may have come
+        said = str(error).splitlines()[0]
+        return None, said if reason == _ABSENT else f"{reason}; {said}"
+
+
+def _in_cache(repository: str, tag: str) -> tuple[Path | None, str]:
+    """The model's folder if all of its files are in the hub's cache; or None and the reason."""
+    try:
+        # Without files: the hub's library would ask for all that fit, and one GGUF file is enough.
+        cached = Path(snapshot_download(repository, allow_patterns=[], local_files_only=True))
+    except (LocalEntryNotFoundError, HFValidationError):
+        return None, _ABSENT
+    files = [file.relative_to(cached).as_posix() for file in cached.rglob("*") if file.is_file()]
+    if not tag and (weights := weight_files(cached, files)):
+        try:  # it knows what the repository has, if it has downloaded anything of it
+            snapshot_download(repository, allow_patterns=_SETTINGS, local_files_only=True)
+        except LocalEntryNotFoundError as error:
+            return None, str(error).splitlines()[0].rstrip(".")
+        if not read_index(cached):  # which may be what is missing
+            weights = [part for file in weights for part in parts_of(file)]
+        lacks = _lacks(cached, ["config.json", *weights])
+        return (None, lacks) if lacks else (cached, "")
+    chosen = choose(repository, files, tag)
+    if chosen is None:
+        return None, _ABSENT if tag or not files else "its copy in the cache has no weights"
+    if lacks := _lacks(cached, parts_of(chosen)):
+        return None, lacks
+    return _gguf_folder(cached / chosen), ""
+
+
+def _fetched(repository: str, tag: str) -> tuple[Path | None, str]:
+    """The model's folder, with what the cache lacks from the hub; or None and the reason.
+
+    Only what is read: repositories have the weights in other forms too, in folders of their own
+    (``original``, ``metal``, ``onnx``) and beside them (``consolidated.safetensors``).
+    """
+    files = _files_of(repository)
+    if not tag and any(file.endswith(".safetensors") and "/" not in file for file in files):
+        if "config.json" not in files:
+            return None, "it has no config.json"
+        folder = Path(snapshot_download(repository, allow_patterns=_SETTINGS, tqdm_class=Bar))
+        weights = [*weight_files(folder, files), *_of_modules(folder, files)]
+        # Of the same commit, which the folder is named after.
+        snapshot_download(repository, revision=folder.name, allow_patterns=weights, tqdm_class=Bar)
+        lacks = _lacks(folder, weights)
+        return (None, lacks) if lacks else (folder, "")
+    chosen = choose(repository, files, tag)
+    if chosen is None:
+        there = ", ".join(models_among(files)) or "none"
+        return None, f"no .gguf file is {tag}; there are {there}" if tag else "it has no weights"
+    parts = parts_of(chosen)
+    folder = Path(snapshot_download(repository, allow_patterns=parts, tqdm_class=Bar))
+    return _gguf_folder(folder / chosen), ""
+
+
+def _of_modules(folder: Path, files: Iterable[str]) -> list[str]:
+    """The weights of sentence-transformers' modules, each in a folder of its own."""
+    modules = {module.path for module in embedding_modules(folder) if module.path}
+    return [
+        file
+        for file in files
+        if file.endswith(".safetensors") and file.rpartition("/")[0] in modules
+    ]
+
+
+def _lacks(folder: Path, files: Iterable[str]) -> str:
+    """What a cached folder lacks of ``files``; empty if it has them all."""
+    missing = [file for file in dict.fromkeys(files) if not (folder / file).is_file()]
+    named = ", ".join(missing[:3])
+    more = f" and {len(missing) - 3} more files" if len(missing) > 3 else ""
+    return f"its copy in the cache lacks {named}{more}" if missing else ""
 
 
 def _files_of(repository: str) -> list[str]:

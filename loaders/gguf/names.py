@@ -1,4 +1,4 @@
-"""Names of GGUF files: the parts of a split one, and which of several a tag means."""
+"""Names of files: the parts of a split one, and which of several GGUF files a tag means."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from nybble.model_name import ModelNotFoundError
 
-_PART = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
+_PART = re.compile(r"-(\d{5})-of-(\d{5})(\.gguf|\.safetensors)$")
 _TAG = re.compile(r"[-._/]((?:I?Q\d|TQ\d|BF16|F16|F32|MXFP4)\w*)(?:-\d{5}-of-\d{5})?\.gguf$", re.I)
 
 
@@ -16,8 +16,8 @@ def parts_of(file: str) -> list[str]:
     match = _PART.search(file)
     if match is None:
         return [file]
-    stem, count = file[: match.start()], int(match[2])
-    return [f"{stem}-{part:05}-of-{count:05}.gguf" for part in range(1, count + 1)]
+    stem, count, suffix = file[: match.start()], int(match[2]), match[3]
+    return [f"{stem}-{part:05}-of-{count:05}{suffix}" for part in range(1, count + 1)]
 
 
 def models_among(files: Sequence[str]) -> list[str]:
