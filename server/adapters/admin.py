@@ -10,13 +10,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import shutil
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
-from weakref import WeakValueDictionary
 
 from aiohttp import web
 
@@ -37,6 +35,7 @@ from nybble.server.adapters.names import require_name
 from nybble.server.adapters.paths import ADMIN_PATHS
 from nybble.server.adapters.resolver import AdapterResolver
 from nybble.server.adapters.state import AdapterState
+from nybble.server.adapters.turns import Turns
 from nybble.server.adapters.uploads import AdapterUploads
 from nybble.server.api.parse import read_body
 from nybble.server.api.respond import json_response
@@ -87,7 +86,7 @@ class AdapterAdmin:
         self._keys = keys
         self._roots = [root.resolve() for root in roots]
         self._uploads = AdapterUploads(uploads_folder(roots)) if roots else None
-        self._turns: WeakValueDictionary[str, threading.Lock] = WeakValueDictionary()
+        self._turns = Turns()
 
     def routes(self) -> list[web.RouteDef]:
         load, unload, every, one, versions, rollback, prefetch = ADMIN_PATHS
@@ -376,10 +375,9 @@ class AdapterAdmin:
     async def _in_turn(self, name: str, change: Callable[[], T]) -> T:
         """Run a change of a name on another thread, and no two at a time: what is on disk, in the
         engine and in the state stays of the same change."""
-        turn = self._turns.setdefault(name, threading.Lock())
 
         def changed() -> T:
-            with turn:  # held by the thread, which goes on if the client goes away
+            with self._turns.of(name):  # by the thread, which goes on if the client goes away
                 return change()
 
         return await asyncio.to_thread(changed)

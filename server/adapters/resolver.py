@@ -29,6 +29,7 @@ from nybble.server.adapters.archive import CONFIG, WEIGHTS
 from nybble.server.adapters.disk_cache import AdapterDiskCache, CacheFullError
 from nybble.server.adapters.names import is_name
 from nybble.server.adapters.places import AdapterRegistry, Found, Place, PlaceError
+from nybble.server.adapters.turns import Turns
 from nybble.server.http import retry_after
 from nybble.server.http.errors import ApiError, is_full_disk
 from nybble.server.lifecycle.flag_names import in_flags
@@ -118,6 +119,7 @@ class AdapterResolver:
         self._lookers = ThreadPoolExecutor(_LOOKUPS_AT_ONCE, thread_name_prefix="nybble-lookup")
         self._fetchers = ThreadPoolExecutor(_FETCHES_AT_ONCE, thread_name_prefix="nybble-fetch")
         self._lock = threading.Lock()
+        self._turns = Turns()  # so that what is held is what the engine has
         self._held: dict[str, Held] = {}
         # Replaced versions which requests still have, and versions being loaded, by cache key.
         self._draining: dict[str, Held] = {}
@@ -402,12 +404,13 @@ class AdapterResolver:
             self._installing.add(key)
         try:
             folder = self._cache.add(key, found.nbytes, fill)
-            info = self._engine.load_adapter(name, str(folder), replace=True)
-            with self._lock:
-                before = self._held.get(name)
-                self._held[name] = Held(found, folder, self._clock())
-                if before is not None and before.found.key != key:
-                    self._draining[before.found.key] = before
+            with self._turns.of(name):
+                info = self._engine.load_adapter(name, str(folder), replace=True)
+                with self._lock:
+                    before = self._held.get(name)
+                    self._held[name] = Held(found, folder, self._clock())
+                    if before is not None and before.found.key != key:
+                        self._draining[before.found.key] = before
             logger.info("adapter %s is loaded from %s", name, found.folder)
             return info
         finally:
@@ -416,13 +419,14 @@ class AdapterResolver:
 
     def _drop(self, name: str) -> None:
         """Unload a name which no shared place has any more."""
-        with self._lock:
-            held = self._held.pop(name, None)
-            if held is None:
-                return
-            self._draining[held.found.key] = held
-        with suppress(ParameterError):  # unloaded by hand already
-            self._engine.unload_adapter(name)
+        with self._turns.of(name):
+            with self._lock:
+                held = self._held.pop(name, None)
+                if held is None:
+                    return
+                self._draining[held.found.key] = held
+            with suppress(ParameterError):  # unloaded by hand already
+                self._engine.unload_adapter(name)
         logger.info("adapter %s was removed: unloaded", name)
 
     def _give_up(self, key: str) -> bool:

@@ -715,6 +715,42 @@ def test_an_adapter_that_goes_before_its_request_has_it_is_not_called_unknown(
     asyncio.run(main())
 
 
+def test_what_two_threads_load_under_a_name_is_held_as_it_is_served(
+    engines: list[Engine],
+    shared: Callable[..., SharedAdapters],
+    tiny_adapter: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A version published here while another server's is read, for one."""
+    engine, settings = engines[0], shared(registry="memory://registry")
+    cache = AdapterDiskCache(*settings.cache)
+    resolver = AdapterResolver(engine, ("tiny",), (), settings.registry, cache)
+    load, loaded, other_done = engine.load_adapter, threading.Event(), threading.Event()
+
+    def held_up(*arguments: Any, **options: Any) -> Any:
+        info = load(*arguments, **options)
+        if not loaded.is_set():
+            loaded.set()
+            other_done.wait(1)
+        return info
+
+    def first() -> None:
+        resolver.publish("x", tiny_adapter(seed=1), replace=True)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "load_adapter", held_up)
+        thread = threading.Thread(target=first)
+        thread.start()
+        loaded.wait()
+        resolver.publish("x", tiny_adapter(seed=2), replace=True)
+        other_done.set()
+        thread.join()
+    served = engine.adapter("x")
+    assert served is not None
+    assert served.path == str(resolver._held["x"].folder)
+    cache.close()
+
+
 def test_a_cache_belongs_to_one_server_and_its_size_holds(tmp_path: Path) -> None:
     cache = AdapterDiskCache(tmp_path, 10)
     with pytest.raises(ValueError, match="another server has the folder"):
