@@ -307,6 +307,12 @@ def _content(turns: Sequence[Turn], *, parts: bool) -> Sequence[Turn]:
     return in_parts(turns) if parts else turns
 
 
+class Aside(Protocol):
+    """Computes a function's result, for a text of some length: aside from others if it is long."""
+
+    async def __call__(self, length: int, function: Callable[[], T]) -> T: ...
+
+
 async def _here(length: int, function: Callable[[], T]) -> T:
     return function()
 
@@ -354,12 +360,14 @@ class ChatEncoder:
         render: Render,
         *,
         shielded: bool = True,
-        aside: Callable[[int, Callable[[], int | None]], Awaitable[int | None]] = _here,
+        length: int = 0,
+        aside: Aside = _here,
     ) -> str:
         """The text that a template makes of turns and tools, in the form in which it takes them.
 
         variables: those of the template beside messages, tools and special tokens.
         shielded: whether what looks like a marker in a turn is text (see :meth:`encode`).
+        length: how long the turns are.
         aside: computes what takes long for a text of some length.
 
         Raises TemplateRefusedError if the template refuses the turns or leaves out the text of one.
@@ -379,7 +387,7 @@ class ChatEncoder:
         if tools and form.tools_in_system:
             turns = with_tools(turns, tools)
         if shielded:
-            turns = self.shielded(turns, template)
+            turns = await aside(length, partial(self.shielded, turns, template))
         refusal: TemplateRefusedError | None = None
         for shown in form.all(turns):
             try:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal, TypeVar
 
@@ -17,14 +19,21 @@ from nybble.server.http.errors import ApiError
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
 BodyT = TypeVar("BodyT", bound=Body)
 
 # How long a client may take to send a body, in seconds.
 _READ_SECONDS = 60
 _LARGE_BODY = 64 << 10
 _LARGE_PLACES = 16
-# The most unknown fields dropped from one request, and the most names logged in all.
-_MAX_LEFT_OUT = 64
+# The most values in a body. All of Python waits while JSON is read, which these take long. They are
+# counted by their marks, those in texts too: what: (marks, most).
+_MOST = {
+    "objects and lists": (b"{[", 1 << 19),
+    "fields": (b":", 1 << 19),
+    "values": (b",", 1 << 21),
+}
+# The most names of unknown fields that are logged.
 _MAX_NAMES = 1000
 
 
@@ -46,19 +55,24 @@ class UnknownFields:
     """How unknown fields of a request are handled.
 
     ``refuse`` makes them an error. ``warn`` and ``ignore`` drop them; ``warn`` also logs each name
-    once.
+    once for each kind of object.
     """
 
     def __init__(self, policy: Literal["refuse", "warn", "ignore"] = "refuse") -> None:
         self.refused = policy == "refuse"
         self._warns = policy == "warn"
-        self._seen: set[str] = set()
+        self._seen: set[tuple[str, str]] = set()
 
-    def leave_out(self, name: str) -> None:
+    def leave_out(self, kind: type[Body], name: str) -> None:
         """Log a dropped field, if the policy says so."""
-        if self._warns and name not in self._seen and len(self._seen) < _MAX_NAMES:
-            self._seen.add(name)
-            logger.warning("requests have a field that is not known, and left out: %s", name)
+        field = (kind.__name__, name)
+        if self._warns and field not in self._seen and len(self._seen) < _MAX_NAMES:
+            self._seen.add(field)
+            logger.warning(
+                "requests have a field that is not known, and left out: %s (of %s)",
+                name,
+                kind.__name__,
+            )
 
 
 UNKNOWN_FIELDS = web.AppKey("unknown_fields", UnknownFields)
@@ -73,6 +87,8 @@ async def read_body(request: web.Request, kind: type[BodyT]) -> BodyT:
     """
     unknown = request.app.get(UNKNOWN_FIELDS, _REFUSE)
     size = request.content_length
+    if "Content-Encoding" in request.headers:
+        size = None  # it is that of the compressed body
     if size is not None and size <= _LARGE_BODY:
         return parse_body(await _read(request), kind, unknown)
     large = request.app[LARGE_BODIES]
@@ -86,8 +102,7 @@ async def read_body(request: web.Request, kind: type[BodyT]) -> BodyT:
     large.taken += 1
     try:
         data = await _read(request)
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(large.parser, parse_body, data, kind, unknown)
+        return await _parsed(request, data, lambda: parse_body(data, kind, unknown))
     finally:
         large.taken -= 1
 
@@ -95,9 +110,30 @@ async def read_body(request: web.Request, kind: type[BodyT]) -> BodyT:
 async def read_object(request: web.Request) -> dict[str, Any]:
     """The body of a request, which another reader will validate. Raises ApiError 400 and 408."""
     data = await _read(request)
-    return await asyncio.get_running_loop().run_in_executor(
-        request.app[LARGE_BODIES].parser, _object, data
-    )
+    return await _parsed(request, data, lambda: _object(data))
+
+
+async def _parsed(request: web.Request, data: bytes, parse: Callable[[], T]) -> T:
+    """What ``parse`` makes of ``data``: on another thread if that is large."""
+    if len(data) <= _LARGE_BODY:
+        return parse()
+    parser = request.app[LARGE_BODIES].parser
+    return await asyncio.get_running_loop().run_in_executor(parser, _uncollected, parse)
+
+
+def _uncollected(parse: Callable[[], T]) -> T:
+    """``parse`` without looks for garbage: each goes through all that was made, with Python
+    waiting, and what a body is parsed to is no garbage or goes at once."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        return parse()
+    except ApiError as error:
+        # Its frames hold the body, which would be looked through once more.
+        raise error.with_traceback(None) from None
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 async def _read(request: web.Request) -> bytes:
@@ -123,24 +159,23 @@ def parse_body(data: bytes, kind: type[BodyT], unknown: UnknownFields = _REFUSE)
 
 
 def validated(body: dict[str, Any], kind: type[BodyT], unknown: UnknownFields = _REFUSE) -> BodyT:
-    """Validate a body, whose unknown fields may be removed. Raises ApiError 400."""
-    for _ in range(1 if unknown.refused else _MAX_LEFT_OUT):
-        try:
-            return kind.model_validate(body)
-        except ValidationError as invalid:
-            found = _deepest(invalid, body)
-        if unknown.refused or found["type"] != "extra_forbidden":
-            raise _api_error(found, body)
-        path = _path(found, body)
-        unknown.leave_out(_join(path))
-        _leave_out(body, path)
-    raise ApiError(400, f"more than {_MAX_LEFT_OUT} fields are not known", code="unknown_parameter")
+    """Validate a body, whose unknown fields may be left out. Raises ApiError 400."""
+    return converted(kind, body, None if unknown.refused else unknown.leave_out)
 
 
 def _object(data: bytes) -> dict[str, Any]:
+    for what, (marks, most) in _MOST.items():
+        if len(data) > most and (count := sum(map(data.count, marks))) > most:
+            raise ApiError(
+                400,
+                f"the body has too many {what}: {count} of {' '.join(marks.decode())} (those in "
+                f"texts are counted too), expected at most {most}",
+                code="invalid_value",
+            )
     try:
-        # This parser refuses NaN, invalid UTF-8, lone surrogates, deep nesting and huge numbers.
-        body = from_json(data, allow_inf_nan=False)
+        # This parser refuses NaN, invalid UTF-8, lone surrogates, deep nesting and huge numbers. To
+        # look for texts that are alike takes more time than it saves if there are many.
+        body = from_json(data, allow_inf_nan=False, cache_strings="keys")
     except ValueError as error:
         raise ApiError(400, f"the body is not valid JSON: {error}", code="invalid_json") from None
     if not isinstance(body, dict):
@@ -148,19 +183,20 @@ def _object(data: bytes) -> dict[str, Any]:
     return body
 
 
-def converted(kind: type[BodyT], given: dict[str, Any]) -> BodyT:
-    """Another endpoint's body, made from the fields of a valid one. Raises ApiError 400."""
+def converted(
+    kind: type[BodyT],
+    given: dict[str, Any],
+    leave_out: Callable[[type[Body], str], None] | None = None,
+) -> BodyT:
+    """Another endpoint's body, made from the fields of a valid one. Raises ApiError 400.
+
+    leave_out: what to do with unknown fields, as :class:`Body` says.
+    """
     try:
-        return kind.model_validate(given)
+        return kind.model_validate(given, context=leave_out)
     except ValidationError as invalid:
-        raise _api_error(_deepest(invalid, given), given) from None
-
-
-def _leave_out(body: Any, path: list[str | int]) -> None:
-    *outer, last = path
-    for key in outer:
-        body = body[key]
-    del body[last]
+        found = _deepest(invalid, given)
+    raise _api_error(found, given)  # here, so that nothing of the body stays with the error
 
 
 def _deepest(invalid: ValidationError, body: dict[str, Any]) -> ErrorDetails:

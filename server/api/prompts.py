@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
+from pydantic import BaseModel
+
 from nybble.engine import Engine
 from nybble.engine.conversation import ChatEncoder, Tools, Turn, chosen_template, turn_of
 from nybble.loaders.adapter_tokens import TextTokenizer
@@ -26,6 +28,7 @@ from nybble.server.api.schema import Prompt
 from nybble.server.http.errors import ApiError
 
 T = TypeVar("T")
+TextT = TypeVar("TextT", str, tuple[str, str])
 
 # Text longer than this many characters is processed in another thread.
 _LONG_TEXT = 4096
@@ -89,6 +92,8 @@ class Prompts:
         # One thread, however many requests there are: encoding takes much memory, and each thread's
         # allocator keeps it for later. The encoder has threads of its own.
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="nybble-tokenize")
+        # Another for long conversations before they are text, which take seconds at worst.
+        self._long_chats = ThreadPoolExecutor(1, thread_name_prefix="nybble-chat")
 
     def with_tokenizer(self, tokenizer: TextTokenizer) -> Prompts:
         """The same for an adapter whose tokenizer has more tokens than the model's."""
@@ -129,15 +134,52 @@ class Prompts:
         """Token ids of markers and short text between them."""
         return self._encode(text, special_tokens=False)
 
-    async def pair(self, first: str, second: str) -> tuple[int, ...]:
-        """Token ids of two texts as the tokenizer joins them, for models that compare them."""
-        _require_size("prompt", len((first + second).encode()), MAX_TEXT_BYTES, "bytes")
+    async def encode_each(self, texts: Sequence[str]) -> list[tuple[int, ...]]:
+        """Token ids of texts with special tokens, whatever the context length.
 
-        def work() -> tuple[int, ...]:
-            (encoding,) = self._backend.encode_batch_fast([(first, second)])
-            return tuple(encoding.ids)
+        Raises ApiError 400 for one of more than 1 MiB, and if they have too many tokens together.
+        """
+        encode = partial(self._encode_batch, special_tokens=True, parse_special=True)
+        return await self._each(texts, encode)
 
-        return await self._off_loop(len(first) + len(second), work)
+    async def encode_pairs(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[int, ...]]:
+        """The same of texts as the tokenizer joins them in pairs, for models that compare them."""
+
+        def encode(some: list[tuple[str, str]]) -> list[tuple[int, ...]]:
+            return [tuple(encoding.ids) for encoding in self._backend.encode_batch_fast(some)]
+
+        return await self._each(pairs, encode)
+
+    async def cut(self, texts: Sequence[str], sizes: Sequence[int]) -> list[str]:
+        """The beginnings of texts, each of so many tokens or fewer. Raises ApiError 400 as
+        :meth:`encode_each` does."""
+        encode = partial(self._encode_batch, special_tokens=False, parse_special=True)
+        encoded = await self._each(texts, encode)
+
+        def decoded(text: str, token_ids: tuple[int, ...], size: int) -> str:
+            if len(token_ids) <= size:
+                return text
+            # A cut may leave a part of a character.
+            kept = self._backend.decode(list(token_ids[:size]), skip_special_tokens=False)
+            return kept.rstrip("\ufffd")
+
+        def work() -> list[str]:
+            return list(map(decoded, texts, encoded, sizes))
+
+        return await self._off_loop(sum(map(len, encoded)), work)
+
+    async def _each(
+        self,
+        texts: Sequence[TextT],
+        encode: Callable[[list[TextT]], list[tuple[int, ...]]],
+    ) -> list[tuple[int, ...]]:
+        for text in texts:
+            whole = text if isinstance(text, str) else "".join(text)
+            _require_size("prompt", len(whole.encode()), MAX_TEXT_BYTES, "bytes")
+        length = sum(map(_length, texts))
+        return await self._off_loop(
+            length, lambda: self._encode_batches(texts, encode, any_length=True)
+        )
 
     async def encode_all(
         self,
@@ -159,7 +201,7 @@ class Prompts:
         """
         texts = [prompt for prompt in prompts if isinstance(prompt, str)]
         given = [prompt for prompt in prompts if not isinstance(prompt, str)]
-        self._require_few_together(given)
+        self.require_few_together(given)
         if any_length:
             _require_size("prompt", sum(len(t.encode()) for t in texts), MAX_TEXT_BYTES, "bytes")
         else:
@@ -176,22 +218,22 @@ class Prompts:
 
     def _encode_batches(
         self,
-        texts: Sequence[str],
-        encode: Callable[[list[str]], list[tuple[int, ...]]],
+        texts: Sequence[TextT],
+        encode: Callable[[list[TextT]], list[tuple[int, ...]]],
         any_length: bool,
     ) -> list[tuple[int, ...]]:
         encoded: list[tuple[int, ...]] = []
-        batch: list[str] = []
+        batch: list[TextT] = []
         size = 0
         for index, text in enumerate(texts):
-            if not any_length:
+            if not any_length and isinstance(text, str):
                 self._require_few_tokens(text)
             batch.append(text)
-            size += len(text)
+            size += _length(text)
             if size >= _AT_A_TIME or index == len(texts) - 1:
                 encoded += encode(batch)
                 batch, size = [], 0
-                self._require_few_together(encoded)
+                self.require_few_together(encoded)
         return encoded
 
     async def decode(self, token_ids: Sequence[int]) -> str:
@@ -242,7 +284,15 @@ class Prompts:
         whose = "the request" if options.chat_template is not None else self._whose(own)
         if len(messages) > self._max_model_len:  # a message has at least one token
             raise self._too_long(f"{len(messages)} messages")
-        turns = [turn_of(message.model_dump(exclude_none=True)) for message in messages]
+        most = max(self._max_characters, MAX_TEXT_BYTES)
+
+        def as_turns() -> list[Turn]:
+            if _size(messages, most + 1) > most:
+                raise self._too_long(f"more than {most} characters")
+            return [turn_of(message.model_dump(exclude_none=True)) for message in messages]
+
+        size = _size(messages, _AT_A_TIME + 1)
+        turns = await self._aside(size, as_turns)
         try:
             text = await self._chat_encoder.rendered(
                 template,
@@ -251,7 +301,8 @@ class Prompts:
                 _variables(options, template),
                 self._render,
                 shielded=not parse_special,
-                aside=self._off_loop,
+                length=size,
+                aside=self._aside,
             )
         except TemplateInvalidError as error:
             raise ApiError(
@@ -359,7 +410,8 @@ class Prompts:
             if least > self._max_model_len:
                 raise self._too_long(f"{least} tokens at least")
 
-    def _require_few_together(self, encoded: Sequence[Sequence[int]]) -> None:
+    def require_few_together(self, encoded: Sequence[Sequence[int]]) -> None:
+        """Raises ApiError 400 if the prompts of a request have too many tokens together."""
         if (tokens := sum(map(len, encoded))) > self._max_together:
             raise ApiError(
                 400,
@@ -399,10 +451,37 @@ class Prompts:
         (ids,) = self._encode_batch([text], special_tokens=special_tokens, parse_special=True)
         return ids
 
+    async def _aside(self, length: int, function: Callable[[], T]) -> T:
+        """The function's result, computed on a thread for long conversations if this is one."""
+        if length <= _AT_A_TIME:
+            return function()
+        return await asyncio.get_running_loop().run_in_executor(self._long_chats, function)
+
     async def _off_loop(self, length: int, function: Callable[[], T]) -> T:
         if length <= _LONG_TEXT:
             return function()
         return await asyncio.get_running_loop().run_in_executor(self._pool, function)
+
+
+def _size(messages: Sequence[Message], enough: int) -> int:
+    """How many characters and values are in messages, counted until there are ``enough``."""
+    size, left = 0, list[Any](messages)
+    while left and size < enough:
+        node = left.pop()
+        if node is None:
+            continue
+        size += len(node) if isinstance(node, str) else 1
+        if isinstance(node, BaseModel):
+            left += [*node.__dict__.values(), node.__pydantic_extra__]
+        elif isinstance(node, dict):
+            left += [*node, *node.values()]
+        elif isinstance(node, list):
+            left += node
+    return size
+
+
+def _length(text: str | tuple[str, str]) -> int:
+    return len(text) if isinstance(text, str) else len(text[0]) + len(text[1])
 
 
 def _require_size(param: str, found: int, most: int, unit: str) -> None:

@@ -172,7 +172,8 @@ class Sampling(OfTheService, Truncated):
     model: ModelName = ""
     frequency_penalty: Annotated[float, limited("frequency_penalty")] | None = None
     logit_bias: Annotated[
-        dict[int, float] | None,
+        Annotated[dict[int, float], Field(max_length=LIMITS["logit_bias"].schema["maxProperties"])]
+        | None,
         BeforeValidator(
             _biases,
             json_schema_input_type=Annotated[dict[str, float], limited("logit_bias")] | None,

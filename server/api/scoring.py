@@ -10,8 +10,10 @@ does not reason: if its template always opens reasoning, that is closed at once.
 
 from __future__ import annotations
 
+import asyncio
+import time
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 from uuid import uuid4
 
@@ -23,12 +25,14 @@ from nybble.server.api.chat_groups import ChatGroups
 from nybble.server.api.chat_schema import ChatRequest
 from nybble.server.api.generation import SequenceGroup
 from nybble.server.api.parameter_names import parameters_called
+from nybble.server.api.prompts import Prompts
 from nybble.server.api.scoring_schema import RerankRequest, ScoreRequest
 from nybble.server.api.texts import Texts
 from nybble.server.http.errors import ApiError
 
 Outputs = Sequence[Sequence[RequestOutput]]
 Pair = tuple[str, str]  # a query and a document
+Encode = Callable[[Sequence[Pair]], Awaitable[list[tuple[int, ...]]]]  # the tokens of each
 
 _SYSTEM = (
     "Judge whether the Document meets the requirements based on the Query and the Instruct "
@@ -54,12 +58,20 @@ class Asked:
 
     adapter: its adapter's name; None for the base model.
     tokens: of the adapter.
+    began: when it came, by the monotonic clock.
     """
 
     body: RerankRequest | ScoreRequest
     adapter: str | None
     tokens: Tokens
     call: Call
+    began: float = field(default_factory=time.monotonic)
+
+    @property
+    def time_left(self) -> float | None:
+        """Seconds until its timeout; None if it has none."""
+        timeout = self.body.timeout
+        return None if timeout is None else max(0.0, self.began + timeout - time.monotonic())
 
 
 class Scoring:
@@ -69,10 +81,19 @@ class Scoring:
         self._chats = chats
 
     async def scores(self, pairs: Sequence[Pair], asked: Asked) -> Scores:
-        """The sequences that score pairs. Raises ApiError 400 and ParameterError."""
+        """The sequences that score pairs.
+
+        Raises ParameterError, and ApiError 400, or 504 if the request's timeout passes before its
+        texts are read.
+        """
+        try:
+            async with asyncio.timeout(asked.time_left):
+                return await self._scores(pairs, asked)
+        except TimeoutError:
+            raise ApiError(504, "the request's timeout has passed", code="timeout") from None
+
+    async def _scores(self, pairs: Sequence[Pair], asked: Asked) -> Scores:
         body = asked.body
-        if isinstance(body, RerankRequest) and (most := body.max_tokens_per_doc) is not None:
-            pairs = [(query, await self._cut(document, most, asked)) for query, document in pairs]
         classifies, embeds = bool(self._engine.num_labels), self._engine.embedding.made_for
         if body.instruction is not None and (classifies or embeds):
             raise _unsupported("instruction", "instruction is for models that judge by yes and no")
@@ -81,6 +102,10 @@ class Scoring:
                 "use_activation", "only the logit of a classifier with one label can be asked for"
             )
         with parameters_called({"prompt": "documents", "messages": "documents"}):
+            if isinstance(body, RerankRequest) and (most := body.max_tokens_per_doc) is not None:
+                documents = [document for _, document in pairs]
+                documents = await self._prompts(asked).cut(documents, [most] * len(pairs))
+                pairs = [(query, cut) for (query, _), cut in zip(pairs, documents, strict=True)]
             if classifies:
                 return await self._classified(pairs, asked)
             if embeds:
@@ -91,8 +116,7 @@ class Scoring:
         labels, as_logits = self._engine.num_labels, asked.body.use_activation is False
         if labels > 2:
             raise _unsupported("model", f"this model tells {labels} labels apart, expected 1 or 2")
-        encode = self._texts.of(asked.tokens).prompts.pair
-        prompts = [await self._fitting(pair, asked, encode) for pair in pairs]
+        prompts = await self._fitting(pairs, asked, self._prompts(asked).encode_pairs)
         group = self._group(prompts, asked, "score")
 
         def read(outputs: Outputs) -> list[float]:
@@ -114,12 +138,12 @@ class Scoring:
         before = prompts.get("query", ""), prompts.get("document", prompts.get("passage", ""))
         # The same text has the same embedding: a query is computed once.
         texts = {(role, text): None for pair in pairs for role, text in enumerate(pair)}
-        encoded = [
-            await self._fitting(
-                ("", before[role] + text), asked, lambda _, t: self._encode(t, asked)
-            )
-            for role, text in texts
-        ]
+
+        async def encode(some: Sequence[Pair]) -> list[tuple[int, ...]]:
+            return await self._prompts(asked).encode_each([text for _, text in some])
+
+        each = [("", before[role] + text) for role, text in texts]
+        encoded = await self._fitting(each, asked, encode)
         numbers = {key: number for number, key in enumerate(texts)}
         group = self._group(encoded, asked, self._engine.pooling)
 
@@ -133,7 +157,8 @@ class Scoring:
         return Scores(group, read)
 
     async def _judged(self, pairs: Sequence[Pair], asked: Asked) -> Scores:
-        markers = self._texts.of(asked.tokens).prompts.markers
+        prompts = self._prompts(asked)
+        markers = prompts.markers
         answers = [markers(word) for word in ("yes", "no")]
         if any(len(answer) != 1 for answer in answers):
             raise _unsupported(
@@ -158,11 +183,17 @@ class Scoring:
             token_ids, form = await self._chats.prompt(chat, asked.adapter, asked.tokens)
             return token_ids + markers(form.without_reasoning)
 
-        prompts = [await self._fitting(pair, asked, judging) for pair in pairs]
+        async def encode(some: Sequence[Pair]) -> list[tuple[int, ...]]:
+            found: list[tuple[int, ...]] = []
+            for pair in some:
+                found.append(await judging(*pair))
+                prompts.require_few_together(found)
+            return found
+
         params = SamplingParams(
             max_tokens=1, temperature=0, logprobs=0, logprob_token_ids=(yes, no)
         )
-        group = self._group(prompts, asked, None, params)
+        group = self._group(await self._fitting(pairs, asked, encode), asked, None, params)
 
         def read(outputs: Outputs) -> list[float]:
             scores = []
@@ -192,48 +223,43 @@ class Scoring:
             asked.tokens,
             adapter=asked.adapter,
             tenant=asked.call.tenant,
-            timeout=body.timeout,
+            timeout=asked.time_left,
             priority=body.priority or 0,
             pooling=pooling,
             few_at_a_time=True,
         )
 
-    async def _encode(self, text: str, asked: Asked) -> tuple[int, ...]:
-        return await self._texts.of(asked.tokens).prompts.encode(text, any_length=True)
+    def _prompts(self, asked: Asked) -> Prompts:
+        return self._texts.of(asked.tokens).prompts
 
     async def _fitting(
-        self,
-        pair: Pair,
-        asked: Asked,
-        encode: Callable[[str, str], Awaitable[tuple[int, ...]]],
-    ) -> tuple[int, ...]:
-        """A pair's tokens; its document is cut if the request says to how many."""
-        query, document = pair
-        found, most = await encode(query, document), asked.body.truncate_prompt_tokens
+        self, pairs: Sequence[Pair], asked: Asked, encode: Encode
+    ) -> list[tuple[int, ...]]:
+        """The tokens of pairs, whose documents are cut if the request says to how many."""
+        found, most = await encode(pairs), asked.body.truncate_prompt_tokens
         if most is None:
             return found
         most = self._engine.max_model_len - 1 if most == -1 else most
-        while len(found) > most:
-            size = len(await self._encode(document, asked)) - (len(found) - most)
-            if size <= 0:
+        prompts, shorter = self._prompts(asked), list(pairs)
+        while long := [index for index, each in enumerate(found) if len(each) > most]:
+            documents = [shorter[index][1] for index in long]
+            sizes = [
+                len(document) - (len(found[index]) - most)
+                for index, document in zip(long, await prompts.encode_each(documents), strict=True)
+            ]
+            if min(sizes) <= 0:
                 raise ApiError(
                     400,
                     f"truncate_prompt_tokens is {most}, which leaves nothing of a document",
                     param="truncate_prompt_tokens",
                     code="invalid_value",
                 )
-            document = await self._cut(document, size, asked)
-            found = await encode(query, document)
+            for index, document in zip(long, await prompts.cut(documents, sizes), strict=True):
+                shorter[index] = (shorter[index][0], document)
+            encoded = await encode([shorter[index] for index in long])
+            for index, token_ids in zip(long, encoded, strict=True):
+                found[index] = token_ids
         return found
-
-    async def _cut(self, text: str, tokens: int, asked: Asked) -> str:
-        """The beginning of a text, of so many tokens or fewer."""
-        prompts = self._texts.of(asked.tokens).prompts
-        found = await prompts.encode(text, special_tokens=False, any_length=True)
-        if len(found) <= tokens:
-            return text
-        # A cut may leave a part of a character.
-        return (await prompts.decode(found[:tokens])).rstrip("\ufffd")
 
 
 def _vector(output: RequestOutput) -> np.ndarray[Any, np.dtype[np.float32]]:

@@ -185,12 +185,29 @@ def test_unknown_fields_are_left_out_where_the_server_was_told_so(
         warning = UnknownFields("warn")
         for _ in range(2):
             parse_body(data, ChatRequest, warning)
-    named = {message.rpartition(" ")[2] for message in caplog.messages}
-    assert named == {"messages[0].content[0].color", "usage", "stream_options.x"}
-    assert len(caplog.messages) == 3
+    named = [message.rpartition(": ")[2] for message in caplog.messages]
+    assert sorted(named) == [
+        "color (of ContentPart)",
+        "usage (of ChatRequest)",
+        "x (of StreamOptions)",
+    ]
     with pytest.raises(ApiError) as caught:
         parse_body(data.replace(b'"hi"', b"5"), ChatRequest, UnknownFields("ignore"))
     assert caught.value.param == "messages[0].content[0].text"
+
+
+def test_a_field_that_is_in_every_call_is_left_out_of_all_and_logged_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    said = {"role": "assistant", "tool_calls": [call | {"provider": None}] * 2}
+    body = {**PLAIN[ChatRequest], "messages": [*HELLO, *[said] * 200]}
+    with caplog.at_level(logging.WARNING):
+        found = parse_body(json.dumps(body).encode(), ChatRequest, UnknownFields("warn"))
+    assert len(found.messages) == 201
+    assert [message.rpartition(": ")[2] for message in caplog.messages] == [
+        "provider (of ToolCall)"
+    ]
 
 
 @pytest.mark.parametrize("encoding", ["gzip", "deflate"])

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
+import pytest
 from tokenizers.processors import TemplateProcessing
 
 from nybble.engine import Engine
+from nybble.engine.conversation import ChatEncoder
 
 from ..client import CHAT, COMPLETIONS, HELLO, Client, refused, run
 
@@ -121,3 +124,39 @@ def test_a_completions_prompt_has_markers_unless_asked_not_to_and_one_bos(engine
         ]
 
     run(engine, scenario)
+
+
+@pytest.mark.parametrize("filler", ["<", "\ufdd0", "<|im_end|>"])
+def test_a_long_conversation_is_prepared_on_another_thread_and_a_hopeless_one_not_at_all(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, filler: str
+) -> None:
+    threads: list[str] = []
+    shielded = ChatEncoder.shielded
+
+    def spied(self: ChatEncoder, *args: Any) -> Any:
+        threads.append(threading.current_thread().name)
+        return shielded(self, *args)
+
+    monkeypatch.setattr(ChatEncoder, "shielded", spied)
+
+    async def scenario(client: Client) -> None:
+        def asked(text: str, **more: Any) -> dict[str, Any]:
+            return {"model": "tiny", "messages": [{"role": "user", "content": text, **more}]}
+
+        await refused(client, CHAT, asked(filler * 1000))
+        for body in (
+            asked(filler * 70_000),
+            asked("a", **{"reasoning": filler * 70_000}),
+            asked("a", **{"other": {"x": [filler] * 70_000}}),
+        ):
+            async with client.post(CHAT, json=body) as response:
+                assert response.status in (200, 400), await response.text()
+        for body in (asked(filler * (1 << 20) + "a"), asked("a", other=["a"] * (1 << 20))):
+            error = await refused(client, CHAT, body)
+            assert (error["code"], error["param"]) == ("context_length_exceeded", "messages")
+
+    run(engine, scenario)
+    first, *later = threads
+    assert first == threading.current_thread().name
+    assert len(later) == 3
+    assert all(name.startswith("nybble-chat") for name in later)

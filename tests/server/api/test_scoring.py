@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from transformers import (
 )
 
 from nybble.engine import Engine
+from nybble.server.api.prompts import Prompts
 
 from ..client import CHAT, COMPLETIONS, HELLO, Client, refused, run
 from ..conftest import started_engine
@@ -153,6 +155,73 @@ def test_long_documents_are_cut_if_the_request_says_so(classifying: Engine) -> N
             assert limit - 4 <= cut["usage"]["prompt_tokens"] <= limit
         nothing = body | {"truncate_prompt_tokens": 1}
         assert (await refused(client, "/rerank", nothing))["param"] == "truncate_prompt_tokens"
+
+    run(classifying, scenario)
+
+
+@pytest.mark.parametrize("extra", [{}, {"max_tokens_per_doc": 9, "truncate_prompt_tokens": 12}])
+def test_many_documents_are_read_on_another_thread(
+    classifying: Engine, monkeypatch: pytest.MonkeyPatch, extra: dict[str, Any]
+) -> None:
+    threads: set[str] = set()
+    encode_batches = Prompts._encode_batches
+
+    def spied(self: Prompts, *args: Any, **options: Any) -> Any:
+        threads.add(threading.current_thread().name)
+        return encode_batches(self, *args, **options)
+
+    monkeypatch.setattr(Prompts, "_encode_batches", spied)
+
+    async def scenario(client: Client) -> None:
+        documents = [f"number {index} of many" for index in range(800)]
+        body = {"query": "q", "documents": documents, "model": "tiny", **extra}
+        results = (await post(client, "/rerank", body))["results"]
+        assert sorted(result["index"] for result in results) == list(range(800))
+
+    run(classifying, scenario)
+    assert threads
+    assert all(name.startswith("nybble-tokenize") for name in threads)
+
+
+@pytest.mark.parametrize("extra", [{}, {"max_tokens_per_doc": 9}, {"truncate_prompt_tokens": 12}])
+def test_documents_have_a_limit_together(classifying: Engine, extra: dict[str, Any]) -> None:
+    body = {"query": "q", "documents": ["naïve café 🙂 " * 300] * 400, "model": "tiny"} | extra
+
+    async def scenario(client: Client) -> None:
+        error = await refused(client, "/rerank", body)
+        assert (error["code"], error["param"]) == ("too_many_tokens", "documents")
+
+    run(classifying, scenario)
+
+
+def test_a_judge_has_the_same_limit(
+    judges: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nybble.server.api.prompts._MAX_TOGETHER", 600)
+    body = {"query": "q", "documents": DOCUMENTS * 4, "model": "tiny"}
+
+    async def scenario(client: Client) -> None:
+        error = await refused(client, "/rerank", body)
+        assert (error["code"], error["param"]) == ("too_many_tokens", "documents")
+
+    with started_engine(judges["always"]) as engine:
+        run(engine, scenario)
+
+
+def test_the_timeout_holds_while_documents_are_read(
+    classifying: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    over = threading.Event()
+    monkeypatch.setattr(Prompts, "_encode_batches", lambda *_, **__: over.wait(60))
+
+    async def scenario(client: Client) -> None:
+        body = {"query": "q", "documents": ["number " * 700], "model": "tiny", "timeout": 0.05}
+        try:
+            async with client.post("/rerank", json=body) as response:
+                error = (await response.json())["error"]
+                assert (response.status, error["code"]) == (504, "timeout")
+        finally:
+            over.set()
 
     run(classifying, scenario)
 
