@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from nybble.engine.conversation import turn_of
@@ -15,6 +15,7 @@ from nybble.server.api.schema import NO_LIMIT, OF_THE_SERVICE, Logprobs, Samplin
 
 MAX_TOOLS = 128
 MAX_MESSAGES = 1 << 14
+_MAX_PARTS = 1 << 15  # of all messages together; tool calls are parts too
 
 
 def _no_zero(value: Any) -> Any:
@@ -25,6 +26,21 @@ def _no_zero(value: Any) -> Any:
 
 ChatLimit = Annotated[int, BeforeValidator(_no_zero, json_schema_input_type=int)]
 
+
+def _few_parts(messages: list[BaseModel]) -> list[BaseModel]:
+    fields = (value for message in messages for value in message.__dict__.values())
+    parts = sum(len(value) for value in fields if isinstance(value, list))
+    if parts > _MAX_PARTS:
+        raise PydanticCustomError(
+            "invalid_value",
+            "expected at most {most} parts and calls in all, but there are {parts}",
+            {"most": _MAX_PARTS, "parts": parts},
+        )
+    return messages
+
+
+# Of a list of messages or of input items.
+FEW_PARTS = AfterValidator(_few_parts)
 
 _KINDS = {"image": "images", "audio": "audio", "video": "video", "file": "files"}
 
@@ -99,6 +115,9 @@ class Message(Body):
                 {"param": "content"},
             )
         return self
+
+
+Messages = Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES), FEW_PARTS]
 
 
 class Function(Body):
@@ -202,7 +221,7 @@ class ChatRequest(Sampling, TemplateOptions):
     }
     neutral: ClassVar[dict[str, tuple[Any, ...]]] = foreign.NEUTRAL_IN_CHATS
 
-    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
+    messages: Messages
     logprobs: bool | None = None
     top_logprobs: Logprobs | None = None
     max_tokens: ChatLimit | None = None
@@ -262,7 +281,7 @@ class TokenizeRequest(TemplateOptions):
 
     model: str | None = None
     prompt: str | None = None
-    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)] | None = None
+    messages: Messages | None = None
     tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
     return_token_strs: bool | None = None
 

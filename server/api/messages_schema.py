@@ -10,6 +10,7 @@ from pydantic_core import PydanticCustomError
 
 from nybble.server.api.body import Body
 from nybble.server.api.chat_schema import (
+    FEW_PARTS,
     MAX_MESSAGES,
     MAX_TOOLS,
     ChatRequest,
@@ -241,7 +242,7 @@ class Prompted(Body):
     }
 
     model: str
-    messages: Annotated[list[Turn], Field(min_length=1, max_length=MAX_MESSAGES)]
+    messages: Annotated[list[Turn], Field(min_length=1, max_length=MAX_MESSAGES), FEW_PARTS]
     system: str | list[TextBlock] | None = None
     tools: Annotated[list[AnthropicTool], Field(max_length=MAX_TOOLS)] | None = None
     tool_choice: AnthropicToolChoice | None = None

@@ -11,6 +11,7 @@ from pydantic_core import PydanticCustomError
 from nybble.server.api import foreign
 from nybble.server.api.body import Body
 from nybble.server.api.chat_schema import (
+    FEW_PARTS,
     MAX_MESSAGES,
     MAX_TOOLS,
     ChatRequest,
@@ -229,7 +230,7 @@ class ResponsesRequest(OfTheService):
     }
 
     model: ModelName = ""
-    input: str | Annotated[list[InputItem], Field(min_length=1, max_length=MAX_MESSAGES)]
+    input: str | Annotated[list[InputItem], Field(min_length=1, max_length=MAX_MESSAGES), FEW_PARTS]
     background: bool | None = None
     previous_response_id: str | None = None
     include: list[Annotated[str, AfterValidator(_included)]] | None = None

@@ -14,9 +14,12 @@ from pydantic import BaseModel, ValidationError
 
 from nybble.engine import Engine
 from nybble.server.api import parse
+from nybble.server.api.body import Body
 from nybble.server.api.chat_schema import ChatRequest
+from nybble.server.api.messages_schema import MessagesRequest
 from nybble.server.api.openapi import BODIES
 from nybble.server.api.parse import parse_body
+from nybble.server.api.responses_schema import ResponsesRequest
 from nybble.server.batches.schema import CreateBatch
 from nybble.server.http.errors import ApiError
 from nybble.server.training.schema import CreateJob
@@ -89,6 +92,27 @@ def test_a_compressed_body_is_parsed_by_its_real_size(
     assert (small, small_collects) == (threading.current_thread().name, True)
     assert (large.startswith("nybble-parse"), large_collects) == (True, False)
     assert gc.isenabled()
+
+
+@pytest.mark.parametrize(
+    ("kind", "field", "part"),
+    [
+        (ChatRequest, "messages", "text"),
+        (MessagesRequest, "messages", "text"),
+        (ResponsesRequest, "input", "input_text"),
+    ],
+)
+def test_messages_have_a_limit_of_parts_together(kind: type[Body], field: str, part: str) -> None:
+    body = {"model": "tiny", "max_tokens": 5} if kind is MessagesRequest else {"model": "tiny"}
+    for count, fits in ((4096, True), (4097, False)):
+        content = [{"type": part, "text": "a"}] * count
+        sent = json.dumps(body | {field: [{"role": "user", "content": content}] * 8}).encode()
+        if fits:
+            parse_body(sent, kind)
+            continue
+        with pytest.raises(ApiError, match="parts and calls") as caught:
+            parse_body(sent, kind)
+        assert caught.value.param == field
 
 
 def test_an_error_keeps_nothing_of_a_large_body(monkeypatch: pytest.MonkeyPatch) -> None:
