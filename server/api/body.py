@@ -96,14 +96,14 @@ class Body(BaseModel):
 
         Refused fields whose value asks for nothing are dropped, and so are ignored fields.
         """
-        if not isinstance(data, dict):
+        if not isinstance(data, dict) or data.keys() <= _names(cls):
             return data
         for name, why in cls.refused.items():
             if (value := data.get(name)) and value not in cls.neutral.get(name, ()):
                 raise PydanticCustomError(
                     "unsupported_parameter", "{why}", {"why": why, "param": name}
                 )
-        dropped = cls.refused.keys() | (cls.ignored.keys() - cls.model_fields.keys())
+        dropped = _dropped(cls)
         given = {name: value for name, value in data.items() if name not in dropped}
         if cls.model_config.get("extra") == "forbid":
             unknown = [name for name in given if name not in _names(cls)]
@@ -116,7 +116,14 @@ class Body(BaseModel):
 
 @cache
 def _names(kind: type[Body]) -> frozenset[str]:
+    """The fields which an object of this kind has."""
     return frozenset(field.alias or name for name, field in kind.model_fields.items())
+
+
+@cache
+def _dropped(kind: type[Body]) -> frozenset[str]:
+    """The fields which it may be sent with, and has not."""
+    return frozenset(kind.refused.keys() | (kind.ignored.keys() - kind.model_fields.keys()))
 
 
 def json_object(value: Any) -> Any:
