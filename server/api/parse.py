@@ -249,7 +249,8 @@ def _api_error(error: ErrorDetails, body: dict[str, Any]) -> ApiError:
         message, code = error["msg"], "unsupported_parameter"
     else:
         text = _in_plain_words(error)
-        message, code = f"{param}: {text}" if param else text, "invalid_value"
+        said = f"{param} {text}" if kind == "too_many" else f"{param}: {text}"
+        message, code = said if param else text, "invalid_value"
     return ApiError(400, message, param=param or None, code=code)
 
 

@@ -72,6 +72,13 @@ def _biases(value: Any) -> Any:
         return None
     if not isinstance(value, dict):
         return value
+    most = LIMITS["logit_bias"].schema["maxProperties"]
+    if len(value) > most:  # before each is looked at: they may have as many errors
+        raise PydanticCustomError(
+            "too_many",
+            "has {found} biases, expected at most {most}",
+            {"found": len(value), "most": most},
+        )
     wrong = [key for key in value if not (key.isascii() and key.isdigit() and len(key) < 10)]
     if wrong:
         shown = ", ".join(repr(key[:40]) for key in wrong[:_NAMED])
@@ -172,8 +179,7 @@ class Sampling(OfTheService, Truncated):
     model: ModelName = ""
     frequency_penalty: Annotated[float, limited("frequency_penalty")] | None = None
     logit_bias: Annotated[
-        Annotated[dict[int, float], Field(max_length=LIMITS["logit_bias"].schema["maxProperties"])]
-        | None,
+        dict[int, float] | None,
         BeforeValidator(
             _biases,
             json_schema_input_type=Annotated[dict[str, float], limited("logit_bias")] | None,
