@@ -437,6 +437,8 @@ class ChatEncoder:
 
         A text that begins with BOS gets no second one.
         """
+        # Encoding a batch releases the GIL, and encoding a single text does not. The fast form does
+        # not compute each token's position in the text.
         encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=True)
         ids = [tuple(encoding.ids) for encoding in encodings]
         return list(map(self._with_one_bos, texts, ids))
